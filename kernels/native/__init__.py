@@ -1,0 +1,8 @@
+"""C kernels, compiled on first use (build.py) and run at the processor's level (level.py)."""
+
+from __future__ import annotations
+
+from .build import Library, NativeBuildError, load
+from .level import LEVELS, LevelError, choose_level
+
+__all__ = ["LEVELS", "Library", "LevelError", "NativeBuildError", "choose_level", "load"]

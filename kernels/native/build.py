@@ -1,0 +1,181 @@
+"""Compile a C file on first use, keep the library, load it. About 1 s once, then a few milliseconds.
+
+The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides what the
+compiler makes: source, flags, the compiler's own version text, the machine. The content part is a SHA-256 of the
+library itself, so an entry that was cut short, or changed, no longer fits its name and is built again. A library
+appears under its name by one rename: two processes that compile at once both succeed, and either file is good.
+
+Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then resolve
+to the runtime that torch has already loaded, which is why torch is imported first. With a second runtime beside
+torch's, both pools spin and every call costs about 8 ms. Where the compiler's OpenMP does not fit torch's runtime
+(clang beside libgomp), the library is built without, runs on one thread, and `describe` says so.
+
+Never `-march=native`: the source holds one function per instruction set and picks at run time, so that a cache on
+a shared home folder is right for every machine. `-ffp-contract=off`, because a fused multiply-add has other bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch  # loads the OpenMP runtime that the libraries below resolve to
+
+log = logging.getLogger(__name__)
+
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+COMPILE_TIMEOUT = 120  # seconds; a cold compile takes about one
+
+
+class NativeBuildError(RuntimeError):
+    """The library cannot be had: no compiler, one that fails, or a library that does not load."""
+
+
+class Library(NamedTuple):
+    """A loaded library, and whether its loops run on several threads."""
+
+    handle: ctypes.CDLL
+    openmp: bool
+
+
+_lock = threading.Lock()
+_loaded: dict[Path, Library | NativeBuildError] = {}
+
+
+def load(source: Path) -> Library:
+    """Return the library compiled from `source`, building it if no good copy is cached.
+
+    The answer, good or bad, is kept for the process; a failure logs one line the first time.
+    Raises NativeBuildError.
+    """
+    with _lock:
+        if source not in _loaded:
+            try:
+                _loaded[source] = _load(source)
+            except NativeBuildError as error:
+                log.warning("%s: %s; using the slower torch reference", source.name, error)
+                _loaded[source] = error
+        answer = _loaded[source]
+    if isinstance(answer, NativeBuildError):
+        raise answer
+    return answer
+
+
+def _load(source: Path) -> Library:
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    version = _compiler_version(compiler)
+    if torch.backends.openmp.is_available():
+        try:
+            return Library(_build_or_open(source, compiler, version, (*FLAGS, "-fopenmp")), openmp=True)
+        except NativeBuildError as error:
+            log.info("%s: without OpenMP, because: %s", source.name, error)
+    return Library(_build_or_open(source, compiler, version, FLAGS), openmp=False)
+
+
+def _compiler_version(compiler: list[str]) -> str:
+    if shutil.which(compiler[0]) is None:
+        raise NativeBuildError(
+            f"no C compiler: {compiler[0]!r} is not on PATH (install gcc or clang, or set CC)"
+        )
+    done = _run([*compiler, "--version"])
+    return done.stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"{command[0]} did not run: {error}") from error
+    if done.returncode != 0:
+        lines = [
+            line for line in done.stderr.splitlines() if "error" in line.lower()
+        ] or done.stderr.splitlines()
+        raise NativeBuildError(
+            f"{command[0]} failed with exit code {done.returncode}: {(lines or ['no message'])[0]}"
+        )
+    return done
+
+
+def _build_or_open(source: Path, compiler: list[str], version: str, flags: tuple[str, ...]) -> ctypes.CDLL:
+    recipe = "\0".join([*compiler, version, *flags, platform.system(), platform.machine()])
+    key = hashlib.sha256(source.read_bytes() + recipe.encode()).hexdigest()[:16]
+    stem = f"{source.parent.name}-{source.stem}-{key}"
+    try:
+        cached = _open_cached(stem)
+        if cached is not None:
+            return cached
+        with tempfile.TemporaryDirectory(prefix="qlorag-build-") as scratch:
+            built = _compile(source, compiler, flags, Path(scratch))
+            try:
+                return ctypes.CDLL(str(_place(built, stem)))
+            except OSError as error:
+                log.info("%s: the library is not cached: %s", _cache_folder(), error)
+            return ctypes.CDLL(str(built))  # once mapped, it outlives its temporary folder
+    except OSError as error:
+        raise NativeBuildError(f"the compiled library does not load: {error}") from error
+
+
+def _open_cached(stem: str) -> ctypes.CDLL | None:
+    for entry in sorted(_cache_folder().glob(f"{stem}-*.so")):
+        try:
+            if _is_intact(entry):
+                return ctypes.CDLL(str(entry))
+            entry.unlink()
+        except OSError as error:  # unreadable, gone meanwhile, not ours to remove: build a fresh one
+            log.info("%s: not used: %s", entry, error)
+    return None
+
+
+def _compile(source: Path, compiler: list[str], flags: tuple[str, ...], scratch: Path) -> Path:
+    compiled, linked = scratch / "kernel.o", scratch / "kernel.so"
+    _run([*compiler, *flags, "-c", str(source), "-o", str(compiled)])
+    undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+    _run([*compiler, "-shared", *undefined, str(compiled), "-o", str(linked), "-lm"])
+    return linked
+
+
+def _place(built: Path, stem: str) -> Path:
+    """Copy `built` into the cache by one rename. Raises OSError: the folder is read-only, or full."""
+    content = built.read_bytes()
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".building-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o700)
+        entry = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        os.replace(name, entry)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def _is_intact(entry: Path) -> bool:
+    """Whether the content fits the name, and nobody else could have written it (it is code that will run)."""
+    if hasattr(os, "getuid") and entry.stat().st_uid not in (0, os.getuid()):
+        return False
+    return hashlib.sha256(entry.read_bytes()).hexdigest()[:16] == entry.stem.rsplit("-", 1)[1]
+
+
+def _cache_folder() -> Path:
+    """$QLORAG_HOME/kernels, else qlorag/kernels in the user's cache folder."""
+    home = os.environ.get("QLORAG_HOME")
+    if home:
+        return Path(home) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlorag" / "kernels"

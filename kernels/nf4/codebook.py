@@ -1,0 +1,130 @@
+"""The code tables of 4-bit and 8-bit block quantization, each made by its derivation.
+
+A block-quantized weight is `table[code] * absmax`, so a table lists numbers in [-1, 1] and holds 1.0.
+
+NF4 (QLoRA, arXiv:2305.14314, section 3): weights are close to normal, so the 16 numbers are quantiles of the
+normal distribution: each code is then used about equally often. A symmetric set of 16 has no zero, and a zero
+weight should stay zero, so there are 8 positive quantiles, the zero, and 7 negative ones.
+
+FP4: a sign, two exponent bits and one mantissa bit, divided by the largest (12). No code theory, a baseline.
+
+DYNAMIC (8-bit optimizers, arXiv:2110.02861): quantizes the absmax values themselves in double quantization.
+A sign, a run of zeros as the exponent, a linear fraction in the bits that are left.
+
+Every float32 here is equal, bit for bit, to the one bitsandbytes uses, so files are interchangeable. The reference
+for those bits is `torch.linspace` in float32, whose last bit depends on whether the processor has a fused
+multiply-add; `_linspace` below says in plain arithmetic what the fused form computes, so that the tables are the
+same everywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import QuantizationError
+
+Kind = Literal["nf4", "fp4"]
+
+# The outermost quantile of NF4: the mean of 1 - 1/(2*15) and 1 - 1/(2*16), halfway between what 15 and what 16
+# equally likely codes would ask for. bitsandbytes writes it with seven digits, and the bits follow from those.
+NF4_OFFSET = 0.9677083
+
+
+def _f32(x: float) -> float:
+    """Round to the nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
+
+
+def _linspace(start: float, end: float, count: int) -> list[float]:
+    """`count` float32 points; each counts from the nearer end, with a float32 step and one rounding."""
+    start, end = _f32(start), _f32(end)
+    step = _f32((end - start) / (count - 1))
+    return [
+        _f32(start + step * i) if i < count // 2 else _f32(end - step * (count - 1 - i)) for i in range(count)
+    ]
+
+
+def _make_nf4() -> tuple[float, ...]:
+    quantile = NormalDist().inv_cdf
+    positive = [_f32(quantile(p)) for p in _linspace(NF4_OFFSET, 0.5, 9)[:-1]]  # the 9th is the zero
+    negative = [_f32(-quantile(p)) for p in _linspace(NF4_OFFSET, 0.5, 8)[:-1]]
+    values = sorted([*negative, 0.0, *positive])
+    return tuple(_f32(v / values[-1]) for v in values)
+
+
+def _make_fp4() -> tuple[float, ...]:
+    # Bits "s e e m". The exponent counts down (1 -> 8, 2 -> 4, 3 -> 2); exponent 0 holds 0 and 1/16.
+    magnitudes = [0.0, 0.0625] + [2.0 ** (4 - e) * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1)]
+    return tuple(_f32(v / 12) for v in magnitudes) + tuple(_f32((0.0 - v) / 12) for v in magnitudes)
+
+
+def _make_dynamic() -> tuple[float, ...]:
+    values = [0.0, 1.0]
+    for i in range(7):  # 2**i steps between 0.1 and 1, scaled to the decade 10**(i - 6)
+        points = _linspace(0.1, 1.0, 2**i + 1)
+        for low, high in zip(points, points[1:], strict=False):
+            middle = _f32(_f32(_f32(low + high) / 2) * _f32(10.0 ** (i - 6)))
+            values += [middle, -middle]
+    return tuple(sorted(values))
+
+
+NF4 = _make_nf4()
+FP4 = _make_fp4()
+DYNAMIC = _make_dynamic()
+TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
+
+
+def check_kind(kind: str) -> Kind:
+    """Return `kind`, or raise QuantizationError naming the two there are."""
+    for known in get_args(Kind):
+        if kind == known:
+            return known  # type: ignore[no-any-return]
+    raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
+
+
+def ascending(kind: Kind) -> tuple[list[float], list[int]]:
+    """The table in ascending order, and the code that each place in it has (for NF4 the place is the code)."""
+    table = TABLES[kind]
+    codes = sorted(range(16), key=lambda code: table[code])  # stable: FP4's code 0 (+0) stays before 8 (-0)
+    return [table[code] for code in codes], codes
+
+
+def midpoints(values: list[float]) -> list[float]:
+    """Float32 midpoints of neighbours: a number is nearest to place #{midpoints strictly below it}."""
+    return [_f32(_f32(a + b) / 2) for a, b in zip(values, values[1:], strict=False)]
+
+
+@lru_cache(maxsize=64)
+def table(kind: Kind, device: torch.device) -> Tensor:
+    """float32 [16] on `device`; shared, so never write to it."""
+    return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def thresholds(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(float32 [15] ascending thresholds, uint8 [16] code of each interval) on `device`."""
+    values, codes = ascending(kind)
+    return (
+        torch.tensor(midpoints(values), dtype=torch.float32, device=device),
+        torch.tensor(codes, dtype=torch.uint8, device=device),
+    )
+
+
+@lru_cache(maxsize=64)
+def dynamic_table(device: torch.device) -> Tensor:
+    """float32 [256], the 8-bit dynamic map, ascending."""
+    return torch.tensor(DYNAMIC, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def dynamic_grid(device: torch.device) -> Tensor:
+    """uint8 [65536]: the code of each point of an even grid over [-1, 1] (see reference.quantize_absmax)."""
+    grid = torch.arange(65536, dtype=torch.float32, device=device) * 2 / 65535 - 1
+    mids = torch.tensor(midpoints(list(DYNAMIC)), dtype=torch.float32, device=device)
+    return torch.bucketize(grid, mids).to(torch.uint8)

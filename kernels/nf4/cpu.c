@@ -1,0 +1,299 @@
+/* 4-bit block dequantization on the CPU:   out[i] = round(table[code[i]] * absmax[i / block_size])
+
+   One idea serves every output type and instruction set. A block has one scale and 16 codes, so it has only 16
+   possible results. Multiply the 16 table entries by the block's absmax, round those 16 once to the output type,
+   and what is left per element is a lookup in a register, with no arithmetic:
+
+       float32           16 entries x 4 bytes = one 512-bit register      vpermps (AVX-512), 2 x vpermps (AVX2)
+       float16, bfloat16 16 entries x 2 bytes                             vpermw  (AVX-512), 2 x vpshufb (AVX2)
+
+   Rounding the entry is rounding the element, so the result is bit-equal to reference.py: the product is float32
+   and is rounded once, to nearest even. This needs -ffp-contract=off, since a fused multiply-add in the decoding
+   of double-quantized scales would have other bits.
+
+   Layout: byte i of `packed` holds element 2i in its high nibble and 2i + 1 in its low one. Blocks run over the
+   flattened tensor, and their sizes are multiples of 32, so every block starts on a byte. The vector loops take
+   32 elements (16 bytes) at a time and never read past a block; the rest of a ragged last block is scalar.
+
+   The tables come from codebook.py with each call; there is no second copy of them here. Arguments are checked in
+   ops.py. No state, no allocation; the work is split by blocks, so the thread count cannot change a bit. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define X86 1
+#include <immintrin.h>
+#endif
+
+enum { SCALAR, AVX2, AVX512 };         /* native/level.py: LEVELS */
+enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */
+enum { NESTED_BLOCK_SIZE = 256 };      /* reference.py */
+
+typedef struct {
+    const uint8_t *packed;       /* [ceil(numel / 2)] */
+    const void *absmax;          /* float [blocks], or uint8_t [blocks] if nested_absmax */
+    const float *nested_absmax;  /* [ceil(blocks / 256)], or NULL */
+    const float *nested_offset;  /* [1], or NULL */
+    const float *dynamic;        /* [256] 8-bit table */
+    const float *table;          /* [16] 4-bit table */
+    void *out;                   /* [numel] */
+    int64_t numel, block_size;
+    int32_t dtype, level, threads;
+} dequantize_args;
+
+/* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. */
+static inline float scale_of(const dequantize_args *a, int64_t block) {
+    if (!a->nested_absmax) return ((const float *)a->absmax)[block];
+    const float product = a->dynamic[((const uint8_t *)a->absmax)[block]] * a->nested_absmax[block / NESTED_BLOCK_SIZE];
+    return product + *a->nested_offset;
+}
+
+static inline int64_t length_of(const dequantize_args *a, int64_t block) {
+    const int64_t left = a->numel - block * a->block_size;
+    return left < a->block_size ? left : a->block_size;
+}
+
+/* ---- rounding float32 to 16 bits, to nearest even ---------------------------------------------------------- */
+
+static inline uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static inline uint16_t to_bfloat16(float x) {
+    const uint32_t u = bits_of(x);
+    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN */
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static inline uint16_t to_float16(float x) {
+    const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);  /* NaN */
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds to 65536 or more: infinity */
+    if (magnitude >= 0x38800000)                                   /* normal: move the exponent, drop 13 bits */
+        return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+    /* Subnormal: adding 0.5 leaves exactly the bits that float16 keeps, rounded by the hardware. */
+    float value;
+    memcpy(&value, &magnitude, 4);
+    return (uint16_t)(sign | (bits_of(value + 0.5f) - 0x3f000000));
+}
+
+/* ---- scalar ------------------------------------------------------------------------------------------------ */
+
+static void lookup_32(const uint8_t *packed, const float *lut, float *out, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        out[2 * i] = lut[packed[i] >> 4];
+        out[2 * i + 1] = lut[packed[i] & 15];
+    }
+    if (n & 1) out[n - 1] = lut[packed[n / 2] >> 4];
+}
+
+static void lookup_16(const uint8_t *packed, const uint16_t *lut, uint16_t *out, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        out[2 * i] = lut[packed[i] >> 4];
+        out[2 * i + 1] = lut[packed[i] & 15];
+    }
+    if (n & 1) out[n - 1] = lut[packed[n / 2] >> 4];
+}
+
+static void blocks_32_scalar(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size;
+        const float scale = scale_of(a, block);
+        float lut[16];
+        for (int c = 0; c < 16; c++) lut[c] = a->table[c] * scale;
+        lookup_32(a->packed + start / 2, lut, (float *)a->out + start, length_of(a, block));
+    }
+}
+
+static void blocks_16_scalar(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size;
+        const float scale = scale_of(a, block);
+        uint16_t lut[16];
+        for (int c = 0; c < 16; c++) {
+            const float x = a->table[c] * scale;
+            lut[c] = a->dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        }
+        lookup_16(a->packed + start / 2, lut, (uint16_t *)a->out + start, length_of(a, block));
+    }
+}
+
+#ifdef X86
+
+/* ---- AVX2 -------------------------------------------------------------------------------------------------- */
+
+#define TARGET_AVX2 __attribute__((target("avx2,f16c")))
+
+/* 8 x float32 -> 8 x bfloat16 in the low half of each 32-bit lane */
+TARGET_AVX2 static inline __m256i bfloat16_avx2(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+
+TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m256 table_low = _mm256_loadu_ps(a->table), table_high = _mm256_loadu_ps(a->table + 8);
+    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24); /* of 8 nibbles in a dword, in order */
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->packed + start / 2;
+        float *out = (float *)a->out + start;
+        const __m256 scale = _mm256_set1_ps(scale_of(a, block));
+        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        for (int64_t i = 0; i < whole; i += 8) {
+            int32_t word;
+            memcpy(&word, packed + i / 2, 4);
+            const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+            const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)); /* bit 3 becomes the sign */
+            const __m256 from_low = _mm256_permutevar8x32_ps(low, code), from_high = _mm256_permutevar8x32_ps(high, code);
+            _mm256_storeu_ps(out + i, _mm256_blendv_ps(from_low, from_high, in_high));
+        }
+        if (whole < n) {
+            float lut[16];
+            _mm256_storeu_ps(lut, low);
+            _mm256_storeu_ps(lut + 8, high);
+            lookup_32(packed + whole / 2, lut, out + whole, n - whole);
+        }
+    }
+}
+
+TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m256 table_low = _mm256_loadu_ps(a->table), table_high = _mm256_loadu_ps(a->table + 8);
+    const __m128i bytes = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->packed + start / 2;
+        uint16_t *out = (uint16_t *)a->out + start;
+        const __m256 scale = _mm256_set1_ps(scale_of(a, block));
+        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        __m128i lut_low, lut_high; /* entries 0..7 and 8..15, 16 bits each */
+        if (a->dtype == BFLOAT16) {
+            const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat16_avx2(low), bfloat16_avx2(high)), 0xd8);
+            lut_low = _mm256_castsi256_si128(both);
+            lut_high = _mm256_extracti128_si256(both, 1);
+        } else {
+            lut_low = _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
+            lut_high = _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT);
+        }
+        /* vpshufb looks up bytes: one table of the 16 low bytes, one of the 16 high bytes. */
+        const __m128i split_low = _mm_shuffle_epi8(lut_low, bytes), split_high = _mm_shuffle_epi8(lut_high, bytes);
+        const __m256i lut_byte0 = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(split_low, split_high));
+        const __m256i lut_byte1 = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(split_low, split_high));
+        for (int64_t i = 0; i < whole; i += 32) {
+            const __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
+            const __m256i code = /* 32 bytes, one code each, in order */
+                _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(pair, 4), _mm256_slli_epi16(pair, 8)), _mm256_set1_epi8(15));
+            const __m256i byte0 = _mm256_shuffle_epi8(lut_byte0, code), byte1 = _mm256_shuffle_epi8(lut_byte1, code);
+            const __m256i a0 = _mm256_unpacklo_epi8(byte0, byte1), a1 = _mm256_unpackhi_epi8(byte0, byte1);
+            _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute2x128_si256(a0, a1, 0x20));
+            _mm256_storeu_si256((__m256i *)(out + i + 16), _mm256_permute2x128_si256(a0, a1, 0x31));
+        }
+        if (whole < n) {
+            uint16_t lut[16];
+            _mm_storeu_si128((__m128i *)lut, lut_low);
+            _mm_storeu_si128((__m128i *)(lut + 8), lut_high);
+            lookup_16(packed + whole / 2, lut, out + whole, n - whole);
+        }
+    }
+}
+
+/* ---- AVX-512 (F, BW, VL, DQ) -------------------------------------------------------------------------------- */
+
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+
+TARGET_AVX512 static inline __m256i bfloat16_avx512(__m512 x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
+}
+
+TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m512 table = _mm512_loadu_ps(a->table);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->packed + start / 2;
+        float *out = (float *)a->out + start;
+        const __m512 lut = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(a, block)));
+        for (int64_t i = 0; i < whole; i += 16) {
+            /* Each byte b goes to a 64-bit lane: low half b >> 4, high half b. vpermps reads 4 bits of a half. */
+            const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
+            const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(code, lut));
+        }
+        if (whole < n) {
+            float entries[16];
+            _mm512_storeu_ps(entries, lut);
+            lookup_32(packed + whole / 2, entries, out + whole, n - whole);
+        }
+    }
+}
+
+TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m512 table = _mm512_loadu_ps(a->table);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->packed + start / 2;
+        uint16_t *out = (uint16_t *)a->out + start;
+        const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(a, block)));
+        const __m256i rounded =
+            a->dtype == BFLOAT16 ? bfloat16_avx512(scaled) : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
+        const __m512i lut = _mm512_broadcast_i64x4(rounded); /* twice, so that bit 4 of an index does not matter */
+        for (int64_t i = 0; i < whole; i += 32) {
+            /* Each byte b goes to a 32-bit lane: low half b >> 4, high half b. vpermw reads 5 bits of a half. */
+            const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
+            const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(code, lut));
+        }
+        if (whole < n) {
+            uint16_t entries[16];
+            _mm256_storeu_si256((__m256i *)entries, rounded);
+            lookup_16(packed + whole / 2, entries, out + whole, n - whole);
+        }
+    }
+}
+
+#endif /* X86 */
+
+/* ---- entry points ------------------------------------------------------------------------------------------ */
+
+/* The highest level this processor (and its operating system) can run. */
+int32_t qlorag_nf4_best_level(void) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return AVX512;
+    if (__builtin_cpu_supports("avx2")) return AVX2; /* every processor with AVX2 has F16C */
+#endif
+    return SCALAR;
+}
+
+typedef void (*blocks_function)(const dequantize_args *, int64_t first, int64_t last);
+
+static blocks_function choose(const dequantize_args *a) {
+    const int wide = a->dtype == FLOAT32;
+#ifdef X86
+    if (a->level == AVX512) return wide ? blocks_32_avx512 : blocks_16_avx512;
+    if (a->level == AVX2) return wide ? blocks_32_avx2 : blocks_16_avx2;
+#endif
+    return wide ? blocks_32_scalar : blocks_16_scalar;
+}
+
+void qlorag_nf4_dequantize(const dequantize_args *a) {
+    const blocks_function run = choose(a);
+    const int64_t blocks = (a->numel + a->block_size - 1) / a->block_size;
+    const int64_t step = 65536 / a->block_size; /* blocks per task: enough work to be worth handing to a thread */
+    const int64_t tasks = (blocks + step - 1) / step;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (tasks > 1 && a->threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t first = task * step;
+        run(a, first, first + step < blocks ? first + step : blocks);
+    }
+}

@@ -1,0 +1,213 @@
+"""config.json of a decoder, read strictly: what the mathematics needs, every default stated, nothing ignored.
+
+Four families share one block (RMSNorm, grouped-query attention with RoPE, SwiGLU) and differ only in switches:
+
+| model_type | biases                        | q/k norm | sliding window                                        |
+|------------|-------------------------------|----------|-------------------------------------------------------|
+| llama      | q,k,v,o if `attention_bias`   | no       | no                                                    |
+| mistral    | none                          | no       | `sliding_window`, 4096 when the key is absent         |
+| qwen2      | q,k,v always                  | no       | if `use_sliding_window`, from `max_window_layers` on  |
+| qwen3      | q,k,v,o if `attention_bias`   | per head | as qwen2                                              |
+
+A setting that would change the numbers and is not implemented is refused by name: a model that loads and answers
+slightly wrong is worse than one that does not load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `kind` is default, linear, dynamic, llama3, yarn or longrope; `options` are its numbers."""
+
+    kind: str
+    theta: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder's mathematics depends on. Sizes count elements; `windows[i]` is None for full attention."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_head: bool
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of a model folder, as a dict. Raises ConfigError: it is missing or is not a JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found: give the folder of a Hugging Face model") from None
+    except OSError as fault:
+        raise ConfigError(f"{path}: cannot be read ({fault.strerror})") from None
+    except (ValueError, RecursionError) as fault:
+        raise ConfigError(f"{path}: not JSON ({fault}): download it again") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(config).__name__}, wanted an object")
+    return config
+
+
+def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> DecoderConfig:
+    """The checked configuration of a decoder.
+
+    raw: config.json as a dict.  source: the file's name, for messages.
+    Raises ConfigError: unknown model_type, a missing or ill-typed field, or a setting not implemented.
+    """
+    get = _Getter(raw, source)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(f"{source}: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
+    act = raw.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ConfigError(f"{source}: hidden_act={act!r} is not implemented, only silu")
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method")
+        raise ConfigError(
+            f"{source}: the weights are already quantized ({method}): give the unquantized model and quantize here"
+        )
+
+    heads, hidden, layers = get.size("num_attention_heads"), get.size("hidden_size"), get.size("num_hidden_layers")
+    kv_default = {"llama": heads, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
+    kv_heads = get.size("num_key_value_heads", kv_default if "num_key_value_heads" not in raw else heads)
+    head_dim = get.size("head_dim", 128 if family == "qwen3" else hidden // heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
+    if head_dim % 2:
+        raise ConfigError(f"{source}: head_dim={head_dim} is odd: rotary embedding turns pairs of dimensions")
+    max_positions = get.size("max_position_embeddings", 2048)
+    attention_bias = get.flag("attention_bias", False)
+    return DecoderConfig(
+        family=family,
+        vocab_size=get.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=get.size("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        norm_eps=get.number("rms_norm_eps", 1e-6),
+        rope=_rope(raw, get, max_positions),
+        windows=_windows(raw, get, family, layers),
+        qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
+        o_bias=family in ("llama", "qwen3") and attention_bias,
+        mlp_bias=family == "llama" and get.flag("mlp_bias", False),
+        qk_norm=family == "qwen3",
+        tied_head=get.flag("tie_word_embeddings", False),
+    )
+
+
+_ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+_ROPE_ALIASES = {"su": "longrope"}
+
+
+def _rope(raw: dict[str, Any], get: _Getter, max_positions: int) -> RopeConfig:
+    """Both spellings: v5's `rope_parameters`, and `rope_theta` beside `rope_scaling` before it."""
+    options = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = options.pop("rope_theta", None) or get.number("rope_theta", 10000.0)
+    kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
+    options.pop("type", None)
+    kind = _ROPE_ALIASES.get(kind, kind)
+    if kind not in _ROPE_REQUIRED:
+        raise ConfigError(f"{get.source}: rope type {kind!r} is not implemented, only {', '.join(_ROPE_REQUIRED)}")
+    if raw.get("partial_rotary_factor", options.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError(f"{get.source}: partial_rotary_factor other than 1 is not implemented")
+    missing = [k for k in _ROPE_REQUIRED[kind] if options.get(k) is None]
+    if missing:
+        raise ConfigError(f"{get.source}: rope type {kind} without {', '.join(missing)}")
+    if kind != "default":
+        top = raw.get("original_max_position_embeddings")  # Phi-style files keep it outside; it wins
+        options["original_max_position_embeddings"] = (
+            top or options.get("original_max_position_embeddings") or max_positions
+        )
+        options["max_position_embeddings"] = max_positions
+    return RopeConfig(kind, float(theta), options)
+
+
+def _windows(raw: dict[str, Any], get: _Getter, family: str, layers: int) -> tuple[int | None, ...]:
+    if family == "llama":
+        return (None,) * layers
+    window = raw.get("sliding_window", 4096)
+    if window is not None:
+        window = get.size("sliding_window", 4096)
+    if family == "mistral":
+        return (window,) * layers
+    if not get.flag("use_sliding_window", False):
+        return (None,) * layers
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = get.number("max_window_layers", 28)
+        return tuple(window if i >= first else None for i in range(layers))
+    known = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
+        raise ConfigError(f"{get.source}: layer_types must name {layers} layers, each {' or '.join(known)}")
+    return tuple(known[k] for k in kinds)
+
+
+class _Getter:
+    """Typed access to config.json, with the field and the file in every complaint."""
+
+    def __init__(self, raw: dict[str, Any], source: str) -> None:
+        self.raw, self.source = raw, source
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"{self.source}: {key} is missing")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._value(key, default)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{self.source}: {key}={value!r}, wanted a whole number of at least 1")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ConfigError(f"{self.source}: {key}={value!r}, wanted a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.source}: {key}={value!r}, wanted true or false")
+        return value

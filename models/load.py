@@ -1,0 +1,144 @@
+"""A decoder from a model folder, tensor by tensor, so that memory never holds more than the result and one tensor.
+
+The model is first built on torch's `meta` device, where parameters have shapes and no storage. Names and shapes are
+compared with the checkpoint before a byte of weights is read. Then each tensor is read, cast, quantized if asked for,
+and put into its place; nothing is initialized first and overwritten later.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..quant import QuantizedLinear
+from ..quant import quantize as quantize_tensor
+from .config import decoder_config, read_config
+from .decoder import Decoder
+from .errors import ConfigError, WeightsError
+from .weights import Checkpoint
+
+QUANTIZE_KINDS = ("nf4", "fp4")
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    quantize: str | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    check_finite: bool = False,
+) -> Decoder:
+    """The decoder in a Hugging Face folder, frozen (no parameter requires a gradient) and in eval mode.
+
+    folder:       holds config.json and safetensors.
+    quantize:     "nf4" or "fp4" stores every projection inside the layers in 4 bits (embedding, norms and head keep
+                  dtype); None keeps all dense.
+    block_size, double_quant: of the quantization, see `qlorag.quant.quantize`.
+    dtype:        of dense weights and of the arithmetic.
+    check_finite: refuse NaN and infinite weights by name; costs one pass over each tensor.
+    Raises ConfigError, WeightsError: see the messages; nothing is half-loaded.
+    """
+    if quantize not in (None, *QUANTIZE_KINDS):
+        raise ConfigError(f"quantize={quantize!r}, wanted {', '.join(QUANTIZE_KINDS)} or None")
+    checkpoint = Checkpoint(folder)
+    config = decoder_config(read_config(folder), source=f"{os.fspath(folder)}/config.json")
+    with torch.device("meta"):
+        model = Decoder(config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    head = _tie(model, checkpoint)
+    _check_names(parameters, checkpoint, optional=() if head else ("lm_head.weight",))
+    _check_shapes(parameters, checkpoint)
+    linears = {f"{n}.weight" for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    for name in parameters:
+        if name == "lm_head.weight" and not head:
+            continue
+        tensor = _read(checkpoint, name, dtype, check_finite=check_finite)
+        if quantize is not None and name in linears:
+            path = name.removesuffix(".weight")
+            bias = model.get_submodule(path).bias
+            q = quantize_tensor(tensor, kind=quantize, block_size=block_size, double_quant=double_quant)
+            _put_module(model, path, QuantizedLinear.from_quantized(q, bias=bias))
+        else:
+            _put_parameter(model, name, tensor)
+    if not head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.fingerprint = checkpoint.fingerprint()
+    return model.eval()
+
+
+def _tie(model: Decoder, checkpoint: Checkpoint) -> bool:
+    """Whether the head has weights of its own, as transformers decides it; unties the model if so."""
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not model.config.tied_head:
+        return True
+    if head not in checkpoint or embed not in checkpoint:
+        return False
+    if checkpoint.shape(head) == checkpoint.shape(embed) and torch.equal(
+        checkpoint.read(head), checkpoint.read(embed)
+    ):
+        return False
+    warnings.warn(
+        f"{checkpoint.folder}: config.json ties the head to the embedding, but {head} differs: keeping both",
+        stacklevel=3,
+    )
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight), requires_grad=False)
+    return True
+
+
+def _check_names(parameters: Iterable[str], checkpoint: Checkpoint, *, optional: tuple[str, ...]) -> None:
+    wanted, got = set(parameters), set(checkpoint.names())
+    missing = sorted(wanted - got - set(optional))
+    # Old exports carry RoPE's constants; they follow from config.json and are computed here.
+    unexpected = sorted(n for n in got - wanted if not n.endswith("rotary_emb.inv_freq"))
+    if missing or unexpected:
+        raise WeightsError(
+            f"{checkpoint.folder}: tensors do not fit config.json: missing {_some(missing)}; "
+            f"unexpected {_some(unexpected)}: is it the config of another model?"
+        )
+
+
+def _check_shapes(parameters: dict[str, nn.Parameter], checkpoint: Checkpoint) -> None:
+    for name, parameter in parameters.items():
+        if name in checkpoint and checkpoint.shape(name) != tuple(parameter.shape):
+            raise WeightsError(
+                f"{checkpoint.file(name)}: {name} has shape {list(checkpoint.shape(name))}, config.json makes it "
+                f"{list(parameter.shape)}: one of the two files is from another model"
+            )
+
+
+def _some(names: list[str], *, most: int = 4) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, check_finite: bool) -> Tensor:
+    tensor = checkpoint.read(name)
+    if not tensor.is_floating_point():
+        raise WeightsError(
+            f"{checkpoint.file(name)}: {name} has dtype {checkpoint.dtype(name)}, wanted floating point: "
+            "give the unquantized model"
+        )
+    if check_finite and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise WeightsError(
+            f"{checkpoint.file(name)}: {name} holds {bad} NaN or infinite values of {tensor.numel()}: "
+            "the checkpoint is damaged"
+        )
+    return tensor.to(dtype)
+
+
+def _put_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

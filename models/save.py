@@ -1,0 +1,94 @@
+"""A decoder written as an ordinary Hugging Face folder: what `load_model`, transformers and converters all read.
+
+The folder is built under a temporary name beside its place and renamed when every file in it is on disk, so nobody
+ever finds half a model. Weights go into one safetensors file; sharding is left out, since the format has no size limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .config import read_config
+from .decoder import Decoder
+from .errors import WeightsError
+
+# Beside weights and config.json, what makes a folder usable: copied as it is where it exists.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def save_model(
+    model: Decoder,
+    folder: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes the model's weights in `dtype` with the configuration and tokenizer of the folder it came from.
+
+    folder: where; must not exist, or be empty.  source: the folder the model was loaded from.
+    Raises WeightsError: the place is taken, or a layer of the model has no dense weight.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeightsError(f"{target}: already there and not empty: choose another folder or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file(_tensors(model, dtype), building / "model.safetensors", metadata={"format": "pt"})
+        config = {**read_config(source), "dtype": str(dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)  # the old name of the same field
+        config["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight
+        (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANIONS:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, building / name)
+        for path in building.iterdir():
+            fsync(path)
+        fsync(building)
+        building.chmod(0o755)  # mkdtemp's 0700 is for secrets
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)  # nothing is left there after the rename
+    return target
+
+
+def _tensors(model: Decoder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters by name; a tied head is left out, since the format wants no tensor twice."""
+    with torch.device("meta"):
+        expected = {name for name, _ in Decoder(model.config).named_parameters()}
+    got = dict(model.named_parameters())
+    wrong = sorted(expected.symmetric_difference(got) - {"lm_head.weight"})
+    if wrong:
+        raise WeightsError(
+            f"{wrong[0]}: not the dense weight of a plain decoder ({len(wrong)} such): merge and dequantize first"
+        )
+    return {name: p.detach().to(dtype).contiguous() for name, p in got.items()}
+
+
+def fsync(path: Path) -> None:
+    """Makes a file's or folder's content durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,109 @@
+"""Checkpoints from which a run goes on as if it had never stopped.
+
+    ADAPTER_PATH/checkpoints/step-0000050/
+        adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
+        optimizer.safetensors                            AdamW's moments, float32, and its step counts
+        trainer.json                                     step, and the settings the run was started with
+
+A checkpoint is written into a hidden folder beside its place and renamed when every file in it is on disk. A folder
+named step-* is therefore complete; whatever a killed process left hidden is removed by the next one. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .errors import TrainingError
+from .home import new_folder
+from .trainer import Trainer
+
+FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{7})")
+
+
+def save_checkpoint(
+    trainer: Trainer, adapter_path: Path, *, settings: dict[str, Any], save_adapter: Callable[[Path], None], keep: int
+) -> Path:
+    """Writes the trainer's state, then removes all but the newest `keep` checkpoints. Returns the new folder.
+
+    settings: what must be equal when the run is resumed, as JSON types.  save_adapter: writes the adapter into the
+    folder it is given.
+    """
+    parent = adapter_path / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    target = parent / f"step-{trainer.step:07d}"
+    with new_folder(target) as building:
+        save_adapter(building)
+        save_file(_optimizer_tensors(trainer), building / "optimizer.safetensors")
+        (building / "trainer.json").write_text(
+            json.dumps({"step": trainer.step, "settings": settings}, indent=2) + "\n", encoding="utf-8"
+        )
+        shutil.rmtree(target, ignore_errors=True)  # of the same step, from before a resume
+    for old in checkpoints(adapter_path)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(adapter_path: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    parent = adapter_path / FOLDER
+    return sorted(p for p in parent.glob("step-*") if _NAME.fullmatch(p.name)) if parent.is_dir() else []
+
+
+def read_state(folder: Path, *, settings: dict[str, Any]) -> int:
+    """The step of a checkpoint. Raises TrainingError: it is damaged, or was made with other settings (shown)."""
+    path = folder / "trainer.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        step, old = int(state["step"]), dict(state["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise TrainingError(f"{path}: not a checkpoint's state ({fault}): remove {folder} and resume again") from None
+    changed = [
+        f"{key} was {old.get(key)!r} and is {settings.get(key)!r}"
+        for key in sorted({*old, *settings})
+        if old.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise TrainingError(f"{path}: cannot resume with other settings: {'; '.join(changed)}: use the old ones")
+    return step
+
+
+def restore_optimizer(trainer: Trainer, folder: Path, *, step: int) -> None:
+    """Puts the moments back. Raises TrainingError: they do not belong to these parameters."""
+    path = folder / "optimizer.safetensors"
+    try:
+        tensors = load_file(path)
+    except Exception as fault:  # safetensors raises its own type, which derives from Exception alone
+        raise TrainingError(f"{path}: cannot be read ({fault}): remove {folder} and resume again") from None
+    wanted = {f"{kind}.{name}" for name in trainer.parameters for kind in _KINDS}
+    if step and wanted != tensors.keys():
+        odd = sorted(wanted.symmetric_difference(tensors))
+        raise TrainingError(f"{path}: {odd[0]} is there or missing against expectation ({len(odd)} such)")
+    state = {
+        i: {kind: tensors[f"{kind}.{name}"] for kind in _KINDS}
+        for i, name in enumerate(trainer.parameters)
+        if f"step.{name}" in tensors
+    }
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
+    trainer.step = step
+
+
+_KINDS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.optimizer.state
+    return {
+        f"{kind}.{name}": state[parameter][kind].contiguous()
+        for name, parameter in trainer.parameters.items()
+        if parameter in state
+        for kind in _KINDS
+    }

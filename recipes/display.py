@@ -1,0 +1,90 @@
+"""What a command shows: words for people, or one JSON document for machines, never both on one stream.
+
+Without --json, results go to standard output and progress to standard error. With --json, standard output holds
+exactly one JSON document, the command's result, and everything said on the way goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Where a command writes.
+
+    as_json: keep standard output for the result alone.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = (
+            self.progress_console if as_json else Console(highlight=False, soft_wrap=True, markup=True)
+        )
+
+    def say(self, text: object = "", *, style: str | None = None) -> None:
+        """One line or more of plain text; square brackets in it are not markup."""
+        self.console.print(text, style=style, markup=False)
+
+    def piece(self, text: str) -> None:
+        """Part of a line, shown at once: streaming."""
+        stream = sys.stderr if self.as_json else sys.stdout
+        stream.write(text)
+        stream.flush()
+
+    def heading(self, text: str) -> None:
+        """A line that opens a section."""
+        self.console.print()
+        self.console.print(text, style="bold", markup=False)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+        """A table; numbers are given as formatted strings."""
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", header_style="bold")
+        for row in rows:
+            table.add_row(*(_plain(cell) for cell in row))
+        self.console.print(table, soft_wrap=False)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The command's result; printed only with --json."""
+        if self.as_json:
+            print(json.dumps(value, ensure_ascii=False, indent=2))
+
+    def progress(self, *extra: TextColumn) -> Progress:
+        """A progress bar on standard error; use as a context manager, then add_task."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            *extra,
+            TimeRemainingColumn(),
+            console=self.progress_console,
+            transient=False,
+        )
+
+
+def _plain(cell: object) -> str:
+    return str(cell).replace("[", r"\[")
+
+
+def size(n: float) -> str:
+    """Bytes for people: 1.2 GB, 55.1 MB (powers of ten, as disks and mlx-lm count)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(n) >= scale:
+            return f"{n / scale:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+def count(n: float) -> str:
+    """A number for people: 134.5 M, 2.4 M, 812."""
+    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e4)):
+        if abs(n) >= scale:
+            return f"{n / (1e3 if unit == ' k' else scale):.1f}{unit}"
+    return f"{n:.0f}"

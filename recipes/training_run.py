@@ -1,0 +1,236 @@
+"""A training run: the trainer, the folder that receives everything it makes, and the person who watches.
+
+    ADAPTER_PATH/
+        adapter_config.json, adapter_model.safetensors   the finished adapter, as PEFT reads it
+        metrics.jsonl, loss.png                          what was measured
+        checkpoints/step-0000050/                        what `--resume` goes on from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import TextColumn
+
+from ..lora import LoRAConfig, attach, load_adapter, save_adapter, trainable_parameters
+from ..quant import QuantizedLinear
+from .assemble import Assembled
+from .checkpoint import checkpoints, read_state, restore_optimizer, save_checkpoint
+from .data import Example
+from .display import Display, count, size
+from .metrics import MetricsLog, plot_losses, read_metrics
+from .trainer import StepReport, Trainer, TrainSettings, mean_loss, perplexity
+
+
+class TrainingRun:
+    """One run: a model, its data, and the folder that receives everything."""
+
+    def __init__(
+        self,
+        base: Assembled,
+        examples: Sequence[Example],
+        valid: Sequence[Example],
+        *,
+        lora: LoRAConfig,
+        settings: TrainSettings,
+        out: Path,
+        name: str,
+    ) -> None:
+        self.base, self.valid, self.out, self.name, self.settings = base, valid, out, name, settings
+        self.lora = lora
+        self.adapted = attach(base.model, lora, seed=settings.seed)
+        self.trainer = Trainer(base.model, examples, settings)
+        self.recorded = {
+            **vars(settings),
+            "lora": {k: v for k, v in vars(lora).items() if v not in ({}, ())},
+            "quantize": base.quantize,
+            "base": base.model.fingerprint,
+            "examples": len(examples),
+        }
+
+    def go(
+        self, display: Display, *, newest: Path | None = None, report: int, evaluate: int, save: int, keep: int
+    ) -> int:
+        """Trains to the end, or until interrupted; returns the exit status."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if newest is not None:
+            self._resume(newest, display)
+        elif self.out.exists():
+            _forget_checkpoints(self.out)
+        trainer, valid_loss = self.trainer, None
+        self._introduce(display)
+        log = MetricsLog(self.out / "metrics.jsonl", resume_at=trainer.step)
+        began, first, last = time.perf_counter(), trainer.step, None
+        with _stop_signals() as stopped, _bar(display, self.settings.iters, trainer.step) as advance:
+            if not trainer.step:
+                valid_loss = self._validate(log, display)
+            while trainer.step < self.settings.iters and not stopped:
+                last = trainer.take_step()
+                log.add("train", **_record(last))
+                advance(last)
+                at_end = last.step == self.settings.iters
+                if report and (last.step % report == 0 or at_end or last.skipped):
+                    display.say(_line(last))
+                if evaluate and (last.step % evaluate == 0 or at_end):
+                    valid_loss = self._validate(log, display)
+                if save and last.step % save == 0 and not at_end:
+                    self._checkpoint(keep)
+        log.close()
+        self._checkpoint(keep)
+        plot_losses(log.path, self.out / "loss.png")
+        if stopped:
+            display.say(
+                f"stopped after step {trainer.step} of {self.settings.iters}; saved in {self.out}. To go on: the same "
+                "command with --resume"
+            )
+            return 128 + stopped[0]
+        self.save_adapter(self.out)
+        seconds = time.perf_counter() - began
+        result = {
+            "adapter_path": str(self.out),
+            "steps": trainer.step,
+            "loss": None if last is None else last.loss,
+            "valid_loss": valid_loss,
+            "seconds": seconds,
+            "tokens_per_second": None if last is None else self._rate(log.path, first),
+            "peak_memory_bytes": None if last is None else last.peak_memory_bytes,
+        }
+        display.say(f"adapter in {self.out}, losses in {self.out / 'loss.png'}")
+        display.result(result)
+        self.result = result
+        return 0
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as PEFT reads it, with the base it was trained against."""
+        save_adapter(
+            self.base.model,
+            folder,
+            base_name=self.name,
+            base_fingerprint=self.base.model.fingerprint,
+            quantize=None if self.base.quantize is None else {"kind": self.base.quantize},
+        )
+
+    def _resume(self, newest: Path, display: Display) -> None:
+        step = read_state(newest, settings=json.loads(json.dumps(self.recorded)))
+        load_adapter(self.base.model, newest, base_fingerprint=self.base.model.fingerprint)
+        restore_optimizer(self.trainer, newest, step=step)
+        display.say(f"resuming after step {step} from {newest}")
+
+    def _introduce(self, display: Display) -> None:
+        model = self.base.model
+        trainable = sum(p.numel() for _, p in trainable_parameters(model))
+        total = parameter_count(model)
+        held = f"{self.base.quantize} base" if self.base.quantize else "dense base"
+        display.say(
+            f"{held}, {len(self.adapted)} layers adapted: {count(trainable)} of {count(total)} parameters trainable "
+            f"({100 * trainable / total:.2f} %)"
+        )
+        tokens = sum(len(e.ids) for e in self.trainer.examples)
+        trained = sum(sum(e.mask) for e in self.trainer.examples)
+        display.say(
+            f"{len(self.trainer.examples)} training examples, {tokens} tokens of which {trained} trained; "
+            f"{len(self.valid)} validation examples"
+        )
+
+    def _validate(self, log: MetricsLog, display: Display) -> float | None:
+        if not self.valid:
+            return None
+        loss = mean_loss(self.base.model, self.valid, batch_size=self.settings.batch_size)
+        log.add("valid", step=self.trainer.step, loss=loss)
+        display.say(f"step {self.trainer.step:5d}  valid loss {loss:.3f}  perplexity {perplexity(loss):.2f}")
+        return loss
+
+    def _checkpoint(self, keep: int) -> None:
+        save_checkpoint(
+            self.trainer, self.out, settings=self.recorded, save_adapter=self.save_adapter, keep=keep
+        )
+
+    @staticmethod
+    def _rate(metrics: Path, first: int) -> float:
+        steps = [e for e in read_metrics(metrics) if e["event"] == "train" and e["step"] > first]
+        return float(sum(e["tokens"] for e in steps) / sum(e["seconds"] for e in steps))
+
+
+def parameter_count(model: Any) -> int:
+    """Logical parameters of a model, packed weights counted by their elements, a tied head once."""
+    packed = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)
+    )
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def _forget_checkpoints(out: Path) -> None:
+    for old in checkpoints(out):
+        shutil.rmtree(old)
+
+
+def _record(report: StepReport) -> dict[str, Any]:
+    return {
+        "step": report.step,
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+        "seconds": round(report.seconds, 4),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        **({"skipped": True} if report.skipped else {}),
+    }
+
+
+def _line(r: StepReport) -> str:
+    skipped = "  NOT APPLIED: loss or gradient is not finite" if r.skipped else ""
+    return (
+        f"step {r.step:5d}  loss {r.loss:.3f}  lr {r.learning_rate:.2e}  grad {r.grad_norm:.2f}  "
+        f"{r.tokens_per_second:.0f} tok/s  peak {size(r.peak_memory_bytes)}{skipped}"
+    )
+
+
+@contextlib.contextmanager
+def _bar(display: Display, total: int, done: int) -> Iterator[Callable[[StepReport], None]]:
+    """A live bar with loss and speed on a terminal; elsewhere the printed lines have to do."""
+    if not display.progress_console.is_terminal:
+        yield lambda report: None
+        return
+    progress = display.progress(TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tok/s"))
+    with progress:
+        task = progress.add_task("training", total=total, completed=done, loss="-", rate="-")
+
+        def advance(r: StepReport) -> None:
+            progress.update(task, completed=r.step, loss=f"{r.loss:.3f}", rate=f"{r.tokens_per_second:.0f}")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGINT or SIGTERM; a second one acts as usual.
+
+    The loop looks at it between steps, so a checkpoint never holds half an update.
+    """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+        for n, handler in previous.items():
+            signal.signal(n, handler)
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere nobody presses ctrl-C
+        for n in (signal.SIGINT, signal.SIGTERM):
+            previous[n] = signal.signal(n, note)
+    try:
+        yield received
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler)

@@ -1,0 +1,411 @@
+"""A durable store of documents, their chunks and their vectors, searched by meaning.
+
+The folder of a store:
+
+    store.sqlite3                    the only truth (schema.sql); -wal and -shm lie beside it while it is open
+    store.lock                       the process that may write
+    index-*.hnsw, manifest.json      a cache (ann.py), built again when it is missing or doubtful
+
+A document is stored whole or not at all. Chunking and embedding come first, outside of any transaction; then
+one transaction writes the document's text, chunks and vectors, in place of what was stored under the same
+uri, and `add` counts it as done only after COMMIT has returned with the data on the disk.
+
+An embedder is a callable, list[str] -> float32 [n, D], and `embedder_id` names it: vectors of two embedders
+cannot be compared, even if their dimensions agree, so a store refuses every other one.
+
+A Store belongs to the thread that opened it. One process writes at a time; any number may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import records
+from .ann import MANIFEST, HnswConfig
+from .database import create_database, open_database, record_change, signature, transaction
+from .documents import Document
+from .errors import (
+    CorruptStoreError,
+    EmbedderError,
+    EmbedderMismatchError,
+    QueryError,
+    ReadOnlyError,
+    StoreError,
+    StoreNotFoundError,
+)
+from .locking import WriterLock
+from .records import AddReport, Hit, Stats
+from .search import Searcher
+from .splitter import Chunk, TokenCounter, count_words, split_text
+from .vectors import Float32, check_vectors
+
+Embedder = Callable[[list[str]], Any]
+"""Texts -> float32 [n, D], or anything that numpy sees as such."""
+
+Progress = Callable[[int, "int | None"], None]
+"""(documents done, of how many, if known). When it is called, the first `done` documents are on the disk."""
+
+DATABASE = "store.sqlite3"
+CHUNK_SIZE, CHUNK_OVERLAP = 256, 20  # of a new store
+EXACT_BELOW = 20_000  # chunks; an exact search of so many takes milliseconds
+_BATCH = 256  # texts per call of the embedder, unless one document alone has more
+
+
+class Store:
+    """Made by `Store.open`. Use it in a `with` statement, or call `close`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        lock: WriterLock | None,
+        embedder: Embedder | None,
+        count_tokens: TokenCounter,
+        exact_below: int,
+        hnsw: HnswConfig,
+        dim: int | None,
+    ) -> None:
+        self._folder = folder
+        self._file = folder / DATABASE
+        self._lock = lock
+        self._embedder = embedder
+        self._count_tokens = count_tokens
+        self._exact_below = exact_below
+        self._hnsw = hnsw
+        self._dim = dim  # as the caller says; what is stored counts more
+        self._searcher: Searcher | None = None
+        self._closed = False
+        self._connect()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        embedder: Embedder | None = None,
+        embedder_id: str | None = None,
+        dim: int | None = None,
+        chunk_size: int | None = None,
+        chunk_overlap: int | None = None,
+        count_tokens: TokenCounter = count_words,
+        read_only: bool = False,
+        exact_below: int = EXACT_BELOW,
+        hnsw: HnswConfig | None = None,
+    ) -> Store:
+        """Open the store in folder `path`; unless `read_only`, make it if there is none, and be its one
+        writer.
+
+        embedder:      list[str] -> float32 [n, D]; without it, only `add` and `search` are refused.
+        embedder_id:   a fingerprint of the embedder: weights, tokenizer, pooling. Needed to make a store or
+                       to embed.
+        dim:           D, if known: a store of another dimension is refused at once instead of at the first
+                       vector.
+        chunk_size, chunk_overlap: in tokens, as `split_text`; fixed when the store is made (256, 20). Give a
+                                   size that
+                       fits the embedder's window: of a longer chunk the embedder sees only the beginning.
+        count_tokens:  the embedder's own counter makes these exact; by default words are counted.
+        exact_below:   number of chunks from which searches go through HNSW.
+        Raises StoreNotFoundError, LockedError, ReadOnlyError, CorruptStoreError, FormatVersionError.
+        Raises EmbedderMismatchError: the store holds another embedder's vectors, or chunks of another size.
+        """
+        if embedder is not None and not embedder_id:
+            raise EmbedderError(
+                "embedder_id is missing: give a fingerprint that changes when the embedder does"
+            )
+        folder = Path(path)
+        file = folder / DATABASE
+        lock = None if read_only else _lock_folder(folder)
+        try:
+            if not file.exists():
+                _check_nothing_lost(folder)
+                if read_only:
+                    raise StoreNotFoundError(f"{file}: no store here: index some documents into it first")
+                if not embedder_id:
+                    raise EmbedderError(
+                        f"{folder}: a new store needs an embedder_id: name the embedder it is for"
+                    )
+                size = CHUNK_SIZE if chunk_size is None else chunk_size
+                overlap = min(CHUNK_OVERLAP, size - 1) if chunk_overlap is None else chunk_overlap
+                split_text(
+                    "", size=size, overlap=overlap
+                )  # refuses impossible settings before anything is made
+                create_database(file, embedder_id=embedder_id, chunk_size=size, chunk_overlap=overlap)
+            store = cls(
+                folder,
+                lock=lock,
+                embedder=embedder,
+                count_tokens=count_tokens,
+                exact_below=exact_below,
+                hnsw=hnsw or HnswConfig(),
+                dim=dim,
+            )
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        try:
+            store._check_settings(
+                embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap
+            )
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close the files and let the next writer in. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._db.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, documents: Iterable[Document], *, progress: Progress | None = None) -> AddReport:
+        """Store the documents in order, each whole or not at all, and durable when `progress` counts it.
+
+        A document whose uri and sha256 are stored already is not embedded again; one whose sha256 changed
+        replaces the stored one. An error leaves the documents before it stored.
+
+        Raises EmbedderError: no embedder, or vectors with NaN, inf, only zeros or a wrong shape (nothing of
+        that batch is stored). ReadOnlyError. DocumentError: metadata that JSON cannot hold. What the embedder
+        raises.
+        """
+        self._check_writable()
+        total = len(documents) if isinstance(documents, Sized) else None
+        counts = {"added": 0, "replaced": 0, "unchanged": 0}
+        chunks = done = 0
+        for batch in self._batches(documents):
+            for prepared, outcome in self._write(batch):
+                counts[outcome] += 1
+                chunks += len(prepared.chunks or ())
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        return AddReport(**counts, chunks=chunks)
+
+    def delete(self, uri: str) -> bool:
+        """Remove a document with its chunks and vectors; False if there is none of that name."""
+        self._check_writable()
+        with transaction(self._db, "IMMEDIATE", self._file):
+            deleted = records.delete_document(self._db, uri)
+            if deleted:
+                record_change(self._db)
+        return deleted
+
+    def search(self, query: str, *, k: int = 5, score_threshold: float | None = None) -> list[Hit]:
+        """The k chunks nearest to the query, best first, equal scores by chunk id; fewer if the store has
+        fewer.
+
+        score_threshold: leave out hits whose cosine is below it. An empty list means: nothing found.
+        Raises QueryError: an empty query, k < 1, a threshold that is no number. EmbedderError: as in `add`.
+        """
+        if not query.strip():
+            raise QueryError("empty query: ask something")
+        _check_limits(k, score_threshold)
+        with self._reading():
+            dim = records.read_dim(self._db)
+        if dim is None:  # nothing was ever stored
+            return []
+        return self.search_vector(self._embed([query], "query", dim)[0], k=k, score_threshold=score_threshold)
+
+    def search_vector(
+        self, vector: Float32 | list[float], *, k: int = 5, score_threshold: float | None = None
+    ) -> list[Hit]:
+        """As `search`, for a query that is a vector already: [D], of any length but zero."""
+        _check_limits(k, score_threshold)
+        with self._reading():
+            dim = records.read_dim(self._db)
+            if dim is None:
+                return []
+            query = check_vectors([vector], count=1, dim=dim, what="query")[0].astype(np.float64)
+            if self._lock is not None and self._searcher_for(dim).wants_build(self._db):
+                self.build_index()
+        with self._reading():
+            found = self._searcher_for(dim).top_k(self._db, query / np.linalg.norm(query), k)
+            if score_threshold is not None:
+                found = [(chunk_id, score) for chunk_id, score in found if score >= score_threshold]
+            return records.load_hits(self._db, found)
+
+    def build_index(self) -> None:
+        """Build and publish the HNSW index now, not in the first search that needs it. Uses all cores."""
+        self._check_writable()
+        with self._reading():
+            dim = records.read_dim(self._db)
+            if dim is None:
+                return
+            sha256 = self._searcher_for(dim).build(self._db)
+        with transaction(self._db, "IMMEDIATE", self._file):
+            record_change(self._db, index_sha256=sha256)
+        self._searcher_for(dim).published()
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return self.stats().documents
+
+    def uris(self) -> list[str]:
+        """The documents' names, sorted."""
+        with self._reading():
+            return records.read_uris(self._db)
+
+    def get(self, uri: str) -> Document | None:
+        """A stored document, or None."""
+        with self._reading():
+            return records.load_document(self._db, uri)
+
+    def stats(self) -> Stats:
+        """What the store holds and how it was made."""
+        with self._reading():
+            return records.read_stats(self._db, self._file.stat().st_size)
+
+    def _batches(self, documents: Iterable[Document]) -> Iterator[list[_Prepared]]:
+        """Documents with their chunks, grouped so that the embedder gets full batches; a group has no uri
+        twice.
+        """
+        batch: dict[str, _Prepared] = {}
+        texts = 0
+        for document in documents:
+            if document.uri in batch or texts >= _BATCH or len(batch) >= _BATCH:
+                yield list(batch.values())
+                batch, texts = {}, 0
+            with self._reading():
+                unchanged = records.stored_sha256(self._db, document.uri) == document.sha256
+            chunks = None if unchanged else self._split(document.text)
+            batch[document.uri] = _Prepared(document, records.encode_metadata(document), chunks)
+            texts += len(chunks or ())
+        if batch:
+            yield list(batch.values())
+
+    def _split(self, text: str) -> list[Chunk]:
+        size, overlap = int(self._meta["chunk_size"]), int(self._meta["chunk_overlap"])
+        return split_text(text, size=size, overlap=overlap, count_tokens=self._count_tokens)
+
+    def _write(self, batch: list[_Prepared]) -> Iterator[tuple[_Prepared, str]]:
+        """Embed the whole batch, then commit its documents one by one."""
+        texts = [chunk.text for prepared in batch for chunk in prepared.chunks or ()]
+        vectors = np.empty((0, 0), np.float32)
+        if texts:
+            with self._reading():
+                dim = records.read_dim(self._db)
+            changed = [prepared.document.uri for prepared in batch if prepared.chunks]
+            what = changed[0] if len(changed) == 1 else f"{changed[0]} ... {changed[-1]}"
+            vectors = self._embed(texts, what, dim)  # [chunks of the batch, D]
+        at = 0
+        for prepared in batch:
+            document, metadata, chunks = prepared
+            with transaction(self._db, "IMMEDIATE", self._file):
+                if chunks is None:
+                    outcome = "unchanged"
+                    if records.write_metadata(self._db, document.uri, metadata):
+                        record_change(self._db)
+                else:
+                    rows = vectors[at : at + len(chunks)]
+                    at += len(chunks)
+                    replaced = records.write_document(self._db, document, metadata, chunks, rows)
+                    outcome = "replaced" if replaced else "added"
+                    record_change(self._db, **({"dim": str(vectors.shape[1])} if chunks else {}))
+            yield prepared, outcome
+
+    def _embed(self, texts: list[str], what: str, dim: int | None) -> Float32:
+        """Checked vectors [n, D] of texts, asked for in slices so that the embedder's memory stays
+        bounded.
+        """
+        if self._embedder is None:
+            raise EmbedderError(
+                f"{self._folder}: opened without an embedder: pass embedder= and embedder_id="
+            )
+        parts: list[Float32] = []
+        for at in range(0, len(texts), _BATCH):
+            part = texts[at : at + _BATCH]
+            parts.append(
+                check_vectors(self._embedder(part), count=len(part), dim=dim or self._dim, what=what)
+            )
+            dim = parts[-1].shape[1]
+        return np.concatenate(parts)
+
+    def _searcher_for(self, dim: int) -> Searcher:
+        if self._searcher is None:
+            self._searcher = Searcher(self._folder, dim=dim, exact_below=self._exact_below, config=self._hnsw)
+        return self._searcher
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A consistent snapshot for the statements inside."""
+        if self._closed:
+            raise StoreError(f"{self._folder}: the store is closed: open it again")
+        if self._immutable and signature(self._file) != self._signature:  # its owner wrote to it meanwhile
+            self._db.close()
+            self._connect()
+        with transaction(self._db, "DEFERRED", self._file):
+            yield
+
+    def _connect(self) -> None:
+        self._signature = signature(self._file)
+        self._db, self._meta, self._immutable = open_database(self._file, read_only=self._lock is None)
+
+    def _check_writable(self) -> None:
+        if self._closed:
+            raise StoreError(f"{self._folder}: the store is closed: open it again")
+        if self._lock is None:
+            raise ReadOnlyError(
+                f"{self._folder}: the store is open for reading: open it without read_only=True"
+            )
+
+    def _check_settings(self, **wanted: object) -> None:
+        """Refuse an embedder or chunk settings other than those of the stored vectors; None asks for
+        nothing.
+        """
+        for name, value in wanted.items():
+            stored = self._meta[name]
+            if value is not None and stored and str(value) != stored:
+                raise EmbedderMismatchError(
+                    f"{self._file}: {name}={stored} in the store, {value} given: "
+                    f"open it with {stored}, or index the documents into another folder"
+                )
+
+
+class _Prepared(NamedTuple):
+    """A document on its way into the store; chunks is None if it is stored already, unchanged."""
+
+    document: Document
+    metadata: str
+    chunks: list[Chunk] | None
+
+
+def _lock_folder(folder: Path) -> WriterLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder}: {error.strerror}: a store is a folder, choose another name") from error
+    return WriterLock(folder / "store.lock")
+
+
+def _check_nothing_lost(folder: Path) -> None:
+    """A folder with a store's leftovers but no database had one: an empty one must not take its place."""
+    for leftover in (f"{DATABASE}-wal", MANIFEST):
+        if (folder / leftover).exists():
+            raise CorruptStoreError(
+                f"{folder / DATABASE}: missing, but {leftover} is there: restore it from a copy, "
+                "or choose another folder"
+            )
+
+
+def _check_limits(k: int, score_threshold: float | None) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise QueryError(f"k={k!r}: ask for at least one hit")
+    if score_threshold is not None and not math.isfinite(score_threshold):
+        raise QueryError(f"score_threshold={score_threshold}: give a cosine in -1...1, or None")

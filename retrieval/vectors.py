@@ -1,0 +1,136 @@
+"""Vectors: what may be stored, their unit form in memory, and exact nearest neighbours.
+
+Scores are cosines, q·v / (|q| |v|). Candidates are found with one float32 matrix product, whose rounding
+depends on the BLAS and on the row's position. So that this never shows, every candidate within the product's
+error bound of the k-th is scored again in float64, row by row, and ranked by (score, then chunk id): equal
+vectors get equal scores, and the answer does not depend on the machine's BLAS or on the order of insertion.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CorruptStoreError, EmbedderError
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+_READ_BATCH = 4096
+
+
+def check_vectors(vectors: Any, *, count: int, dim: int | None, what: str) -> Float32:
+    """An embedder's answer as float32 [count, D].
+
+    Raises EmbedderError: not a [count, dim] array of numbers, or a row that has NaN or inf or is all zeros.
+    """
+    try:
+        array = np.asarray(vectors)
+    except ValueError as error:
+        raise EmbedderError(f"{what}: the embedder returned no rectangular array ({error})") from None
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or array.shape[0] != count or array.shape[1] == 0:
+        raise EmbedderError(
+            f"{what}: the embedder returned {array.dtype} {list(array.shape)}, wanted float32 [{count}, D]"
+        )
+    if dim is not None and array.shape[1] != dim:
+        raise EmbedderError(
+            f"{what}: the embedder returned D={array.shape[1]}, the store holds D={dim}: "
+            "use the embedder the store was made with, or index into another folder"
+        )
+    with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf and is refused below
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    lengths = _lengths(result)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if bad.size:
+        kind = "all zeros" if lengths[bad[0]] == 0 else "NaN or inf"
+        raise EmbedderError(
+            f"{what}: the embedder's vector {bad[0]} of {count} is {kind}: nothing was stored"
+        )
+    return result
+
+
+def unit(vectors: Float32) -> Float32:
+    """Rows divided by their lengths (computed in float64). [n, D] -> [n, D]"""
+    return (vectors / _lengths(vectors)[:, None]).astype(np.float32)
+
+
+def _lengths(vectors: Float32) -> NDArray[np.float64]:
+    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+
+
+def read_vectors(connection: sqlite3.Connection, *, after: int, dim: int) -> Iterator[tuple[Int64, Float32]]:
+    """Batches of (chunk ids [n], unit vectors [n, D]) with id > after, in id order.
+
+    Raises CorruptStoreError: a stored vector has another length than dim, or is not a vector that `add`
+    accepts.
+    """
+    cursor = connection.execute(
+        "SELECT chunk_id, vector FROM vectors WHERE chunk_id > ? ORDER BY chunk_id", (after,)
+    )
+    while rows := cursor.fetchmany(_READ_BATCH):
+        for chunk_id, blob in rows:
+            if not isinstance(blob, bytes) or len(blob) != 4 * dim:
+                raise CorruptStoreError(
+                    f"vectors: chunk {chunk_id} has not {4 * dim} bytes: index its document again"
+                )
+        ids = np.array([chunk_id for chunk_id, _ in rows], dtype=np.int64)
+        values = np.frombuffer(b"".join(blob for _, blob in rows), dtype="<f4").reshape(-1, dim)
+        lengths = _lengths(values)
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise CorruptStoreError(
+                f"vectors: NaN, inf or zeros in chunks {ids[0]}...{ids[-1]}: index the documents again"
+            )
+        yield ids, unit(values)
+
+
+@dataclass
+class Block:
+    """Unit vectors in memory: those of all chunks with id > after, in id order."""
+
+    dim: int
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        self.ids: Int64 = np.empty(0, np.int64)  # [n]
+        self.rows: Float32 = np.empty((0, self.dim), np.float32)  # [n, D]
+
+    def refresh(self, connection: sqlite3.Connection) -> None:
+        """Follow the database. New chunks are appended; if any of ours is gone, all are read again.
+
+        Ids are never reused, so our ids can only have become fewer: comparing the counts is enough.
+        """
+        last = int(self.ids[-1]) if self.ids.size else self.after
+        (live,) = connection.execute(
+            "SELECT count(*) FROM chunks WHERE id > ? AND id <= ?", (self.after, last)
+        ).fetchone()
+        if live != self.ids.size:
+            self.__post_init__()
+            last = self.after
+        batches = list(read_vectors(connection, after=last, dim=self.dim))
+        if batches:
+            self.ids = np.concatenate([self.ids, *(ids for ids, _ in batches)])
+            self.rows = np.concatenate([self.rows, *(rows for _, rows in batches)])
+
+    def candidates(self, query: Float32, k: int) -> tuple[Int64, Float32]:
+        """All rows that can be among the k nearest once scored exactly. query: unit [D]."""
+        scores = self.rows @ query  # [n]
+        if k >= scores.size:
+            return self.ids, self.rows
+        kth = np.partition(scores, scores.size - k)[scores.size - k]
+        # A float32 dot product of unit vectors is off by at most about D 2^-24, hence two of them by D 2^-23.
+        close = np.flatnonzero(scores >= kth - self.dim * 2.0**-23)
+        return self.ids[close], self.rows[close]
+
+
+def rank(ids: Int64, rows: Float32, query: NDArray[np.float64], k: int) -> list[tuple[int, float]]:
+    """The k best (chunk id, cosine), best first, equal scores by chunk id. rows: unit [n, D]; query: unit
+    [D].
+    """
+    scores = np.clip((rows.astype(np.float64) * query).sum(axis=1), -1.0, 1.0)  # [n]
+    order = np.lexsort((ids, -scores))[:k]
+    return [(int(ids[i]), float(scores[i])) for i in order]

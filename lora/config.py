@@ -1,12 +1,12 @@
 """What an adapter is, in numbers: rank, scale, dropout and which layers carry it.
 
-LoRA (arXiv:2106.09685, section 4.1) replaces a frozen weight W [N, K] by W + s B A with A [R, K], B [N, R] and
+LoRA (arXiv:2106.09685, section 4.1) replaces a frozen weight W [N, K] by W + s B A, A [R, K], B [N, R], with
 
     s = alpha / R            the paper's scale: alpha fixes the step size while R is varied
     s = alpha / sqrt(R)      rsLoRA (arXiv:2312.03732): the scale under which large ranks keep learning
 
-`LoRAConfig` is the whole of it. Names follow the papers; `files.py` maps them to PEFT's spelling (`lora_alpha`,
-`use_rslora`, ...). Its two patterns give single layers another rank or alpha, by PEFT's matching rule.
+`LoRAConfig` is the whole of it. Names follow the papers; `peft_config.py` maps them to PEFT's spelling
+(`lora_alpha`, `use_rslora`, ...). Its two patterns give single layers another rank or alpha, by PEFT's rule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Value = TypeVar("_Value", int, float)
 
 
 def scaling(r: int, alpha: float, *, rslora: bool = False) -> float:
-    """s = alpha / R, or alpha / sqrt(R) with `rslora` (arXiv:2312.03732, theorem 3.2)."""
+    """The scale s = alpha / R, or alpha / sqrt(R) with `rslora` (arXiv:2312.03732, theorem 3.2)."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
@@ -35,14 +35,16 @@ class LoRAConfig:
 
     r:             rank R of the update, >= 1.
     alpha:         numerator of the scale.
-    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base never sees it.
-    targets:       "all-linear" (every linear layer but the output head), or a list of names, each a whole module path
-                   or its end ("q_proj", "self_attn.q_proj"), or one string: a regular expression for the whole path.
+    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base never
+                   sees it.
+    targets:       "all-linear" (every linear layer but the output head), or a list of names, each a whole module
+                   path or its end ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must
+                   match the whole path.
     num_layers:    only the last this many blocks (`...layers.<i>...`); None means all of the model.
     rslora:        divide alpha by sqrt(R) instead of R.
     exclude:       names or one regular expression, as in `targets`; it wins over `targets`.
-    rank_pattern:  {pattern: r} for layers that differ; a pattern is a regular expression for the end of the path,
-                   begun at a dot ("down_proj", "layers.3.mlp.up_proj"); the first that matches wins.
+    rank_pattern:  {pattern: r} for layers that differ; a pattern is a regular expression for the end of the
+                   path, begun at a dot ("down_proj", "layers.3.mlp.up_proj"); the first that matches wins.
     alpha_pattern: {pattern: alpha}, likewise.
     Raises AdapterError: a value is outside its range, or a pattern is not a regular expression.
     """
@@ -102,7 +104,12 @@ def check_rank(name: str, value: object) -> None:
 
 def check_alpha(name: str, value: object) -> None:
     """Raise AdapterError unless `value` is a finite number other than 0 (0 would switch the adapter off)."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value == 0:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value == 0
+    ):
         raise AdapterError(f"{name}={value!r}: alpha is a finite number other than 0, often 2 x the rank")
 
 

@@ -2,24 +2,24 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ         LoRA, arXiv:2106.09685, equation 3;  x̃ = dropout(x),  s = alpha / R
 
-The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything that is callable and has `in_features` and
-`out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at zero, so
-that a new adapter changes nothing.
+The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything that is callable and has `in_features`
+and `out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at
+zero, so that a new adapter changes nothing.
 
 What this file decides, and why:
 
-*Two thin products, never B A.* x̃ Aᵀ then Bᵀ costs T R (K + N) multiplications; forming B A would cost N R K and
-then a second full layer. The second product is accumulated onto the base's output (`addmm`), which saves a
-[T, N] tensor and, in bf16, a rounding.
+*Two thin products, never B A.* x̃ Aᵀ and then Bᵀ cost T R (K + N) multiplications; forming B A would cost N R K
+and then a second full layer. The second product is accumulated onto a copy of the base's output, which saves
+one [T, N] tensor and, in bf16, one rounding.
 
-*What is saved for backward.* x (which the base keeps alive anyway), A, B, and h = s x̃ Aᵀ [T, R]: R/K of the size
-of x, a percent or so, and it spares backward one reading of x. The dropout mask is not saved: it is drawn again
-from its seed.
+*What is saved for backward.* x (which the base keeps alive anyway), A, B, and h = s x̃ Aᵀ [T, R]: R/K of the
+size of x, a percent or so, and it spares backward one reading of x. The dropout mask is not saved: it is drawn
+again from its seed.
 
-*Precision.* A and B are float32 also over a bf16 or 4-bit base, because an optimizer's step is often smaller than
-half a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half
+*Precision.* A and B are float32 also over a bf16 or 4-bit base: an optimizer's step is often smaller than half
+a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half
 precision product of few rows is slower than a float32 one (the call's overhead and the conversions of A and B
-outweigh it), so short inputs are computed in float32; the README has the measurement. `compute_dtype` overrides.
+outweigh it), so short inputs are computed in float32; the README has the measurement, `compute_dtype` overrides.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .config import check_alpha, check_dropout, check_rank, scaling
 from .errors import AdapterError
 
-# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32: the measured crossing is near 150 rows
-# (K, N = 576..1536, R = 8, AVX512-BF16 and AMX; where bf16 products are slower, the crossing is higher).
+# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing is near 150
+# rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower it lies higher.
 SHORT_INPUT = 128
 
 
@@ -53,44 +54,59 @@ class LoRABranch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y0: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, p: float, seed: int, dtype: torch.dtype
+        ctx: Any,
+        y0: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        p: float,
+        seed: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """y0 [T, N], x [T, K], A [R, K], B [N, R]; the mask is a function of `p` and `seed`; products in `dtype`."""
+        """y0 [..., N], x [..., K], A [R, K], B [N, R] -> y [..., N]; products in `dtype`, mask from p and seed."""
         mask, s = _mask(x, p, seed, s)
-        h = (_dropped(x, mask).to(dtype) @ A.to(dtype).t()).mul_(s)  # [T, R]
+        h = F.linear(_rows(_dropped(x, mask), dtype), A.to(dtype)).mul_(s)  # [T, R]
         ctx.save_for_backward(x, A, B, h)
         ctx.s, ctx.p, ctx.seed = s, p, seed
         # The sum is taken in the wider of the two dtypes, then rounded once to the base's.
         wide = torch.promote_types(y0.dtype, dtype)
-        return torch.addmm(y0.to(wide), h.to(wide), B.to(wide).t()).to(y0.dtype)  # [T, N]
+        y = _rows(y0, wide, copy=True).addmm_(h.to(wide), B.to(wide).t())  # [T, N]
+        return y.to(y0.dtype).view(y0.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Dy [T, N] -> (dy0, dx, dA, dB), each only if asked for."""
+        """Dy [..., N] -> (dy0, dx, dA, dB), each only if asked for."""
         x, A, B, h = ctx.saved_tensors
         need_y0, need_x, need_A, need_B = ctx.needs_input_grad[:4]
         dtype = h.dtype
         mask, _ = _mask(x, ctx.p, ctx.seed, 1.0)
-        d = dy.to(dtype)
+        d = _rows(dy, dtype)
         dx = dA = dB = None
         if need_x or need_A:
-            g = (d @ B.to(dtype)).mul_(ctx.s)  # s (dy B)  [T, R]
-            if need_x:
-                dx = _dropped(g @ A.to(dtype), mask).to(x.dtype)  # [T, K]
-            if need_A:
-                dA = (g.t() @ _dropped(x, mask).to(dtype)).to(A.dtype)  # [R, K]
+            g = torch.mm(d, B.to(dtype)).mul_(ctx.s)  # s (dy B)  [T, R]
+        if need_x:
+            dx = _dropped(torch.mm(g, A.to(dtype)).to(x.dtype).view(x.shape), mask)  # [..., K]
+        if need_A:
+            dA = torch.mm(g.t(), _rows(_dropped(x, mask), dtype)).to(A.dtype)  # [R, K]
         if need_B:
-            dB = (d.t() @ h).to(B.dtype)  # [N, R]
+            dB = torch.mm(d.t(), h).to(B.dtype)  # [N, R]
         return dy if need_y0 else None, dx, dA, dB, None, None, None, None
 
 
-def _mask(x: Tensor, p: float, seed: int, s: float) -> tuple[Tensor | None, float]:
-    """The kept elements (bool, x's shape; None if all are) and s / (1 - p), the scale that makes up for the others.
+def _rows(x: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """[..., K] -> [T, K] in `dtype`; a view where that is possible, unless a copy is asked for."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.to(dtype, copy=True, memory_format=torch.contiguous_format) if copy else rows.to(dtype)
 
-    Each element is decided by 16 random bits, four elements to a 64-bit draw: about a quarter of the time of
-    `bernoulli_`, which would cost a CPU more than the layer. p is thereby rounded to a multiple of 2^-16, and the
-    scale uses the rounded value, so that E[x̃] = x holds exactly.
+
+def _mask(x: Tensor, p: float, seed: int, s: float) -> tuple[Tensor | None, float]:
+    """The kept elements (bool, x's shape; None if all are) and s / (1 - p), which makes up for the others.
+
+    Each element is decided by 16 random bits, four elements to a 64-bit draw: a quarter of the time of
+    `bernoulli_`, which would cost a CPU more than the layer itself. p is thereby rounded to a multiple of 2^-16,
+    and the scale uses the rounded value, so that E[x̃] = x holds exactly.
     """
     dropped = round(p * 65536)
     if dropped == 0:
@@ -109,10 +125,10 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 class LoRALinear(nn.Module):
     """y = base(x) + s (dropout(x) Aᵀ) Bᵀ       s = alpha / R         (arXiv:2106.09685)
 
-    base:          the layer to adapt; callable, with `in_features` K and `out_features` N. It is kept as it is.
+    base:          the layer to adapt; callable, with `in_features` K and `out_features` N. It stays as it is.
     r, alpha:      rank and numerator of the scale; with `rslora` the scale is alpha / sqrt(R).
-    dropout:       probability for the branch's input, in training mode only. The mask's seed comes from torch's
-                   global CPU generator: `torch.manual_seed` makes a step reproducible, and activation
+    dropout:       probability for the branch's input, in training mode only. The mask's seed comes from
+                   torch's global CPU generator: `torch.manual_seed` makes a step reproducible, and activation
                    checkpointing, which restores that generator, recomputes the same mask.
     generator:     for A's initial values, drawn on the CPU: the same bits on every device.
     dtype:         of A and B; float32 unless the adapter is only to be applied.
@@ -158,21 +174,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., K] -> y [..., N], in the dtype that the base returns."""
-        y = self.base(x)
-        rows = x.reshape(-1, self.in_features)  # [T, K]
         p = self.dropout if self.training else 0.0
         seed = int(torch.randint(2**63 - 1, ())) if p > 0 else 0
-        branch = LoRABranch.apply(
-            y.reshape(-1, self.out_features),
-            rows,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            p,
-            seed,
-            self.compute_dtype or _branch_dtype(rows),
-        )
-        return branch.view(y.shape)  # type: ignore[no-any-return]
+        dtype = self.compute_dtype or _branch_dtype(x)
+        y = LoRABranch.apply(self.base(x), x, self.lora_A, self.lora_B, self.scaling, p, seed, dtype)
+        return y  # type: ignore[no-any-return]
 
     def delta(self) -> Tensor:
         """The update s B A as one float32 (float64 if the parameters are) tensor [N, K]."""
@@ -200,7 +206,7 @@ def feature_counts(module: nn.Module) -> tuple[int, int]:
 
 
 def _branch_dtype(x: Tensor) -> torch.dtype:
-    short = x.device.type == "cpu" and x.shape[0] < SHORT_INPUT
+    short = x.device.type == "cpu" and x.numel() < SHORT_INPUT * x.shape[-1]
     return torch.float32 if short and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 

@@ -83,11 +83,21 @@ class GGUFFile:
         return value
 
     def positive(self, key: str, kind: type, default: Any = None) -> Any:
-        """A number that must be finite and above zero."""
+        """A finite number above zero; a float32 comes back as the decimal it was written as."""
         value = self.get(key, kind, default)
+        if kind is float:
+            with np.errstate(over="ignore", under="ignore"):
+                value = float(str(np.float32(value)))  # 9.999999747378752e-06 -> 1e-05
         if not 0 < value < math.inf:
             raise ConfigError(f"{self.path}: {key}={value}, expected a number above 0: damaged file")
         return value
+
+    def strings(self, key: str) -> list[str]:
+        """A list of strings that must be there."""
+        values: list[str] = self.get(key, list)
+        if not all(type(value) is str for value in values):
+            raise ConfigError(f"{self.path}: {key} does not hold strings: damaged file")
+        return values
 
     def token_id(self, name: str) -> int | None:
         """`tokenizer.ggml.{name}_token_id`; None when the file does not state it."""
@@ -108,10 +118,11 @@ class GGUFFile:
         step = max(1, _SLICE_ELEMENTS // width)
         for start in range(0, rows, step):
             try:
-                values = gguf.quants.dequantize(raw[start : start + step], info.kind)  # float32 [step, K]
+                with np.errstate(all="ignore"):  # a damaged scale is reported below
+                    values = gguf.quants.dequantize(raw[start : start + step], info.kind)  # float32 [step, K]
             except NotImplementedError:
                 raise WeightsError(
-                    f"{self.path}: tensor {name} has type {info.kind.name}: not decoded"
+                    f"{self.path}: tensor {name} has type {info.kind.name}, which gguf cannot decode"
                 ) from None
             if not np.isfinite(values).all():
                 raise WeightsError(f"{self.path}: tensor {name} holds NaN or inf: damaged file")
@@ -253,7 +264,7 @@ def llama_config(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
     head_dim = file.positive("llama.attention.key_length", int, width // heads)
     if head_dim % 2 or heads % kv_heads:
         raise ConfigError(f"{file.path}: {heads} heads of {head_dim} over {kv_heads} kv heads: damaged file")
-    vocab = len(file.get("tokenizer.ggml.tokens", list))
+    vocab = len(file.strings("tokenizer.ggml.tokens"))
     only: dict[str, int | str] = {
         "llama.vocab_size": vocab,
         "llama.attention.value_length": head_dim,
@@ -276,9 +287,9 @@ def llama_config(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": file.positive("llama.context_length", int),
-        "rope_theta": _decimal(file.positive("llama.rope.freq_base", float, 10000.0)),  # llama.cpp's default
+        "rope_theta": file.positive("llama.rope.freq_base", float, 10000.0),  # llama.cpp's default
         "rope_scaling": None,
-        "rms_norm_eps": _decimal(file.positive("llama.attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": file.positive("llama.attention.layer_norm_rms_epsilon", float),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
@@ -289,11 +300,6 @@ def llama_config(file: GGUFFile, dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that is this float32: 9.999999747378752e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))
 
 
 @dataclass(frozen=True)
@@ -366,7 +372,7 @@ def build_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
             f"{file.path}: tokenizer.ggml.pre={pre!r}: only {', '.join(splitters)} are known"
         )
 
-    tokens: list[str] = file.get("tokenizer.ggml.tokens", list)
+    tokens = file.strings("tokenizer.ggml.tokens")
     types: list[int] = file.get("tokenizer.ggml.token_type", list, [_NORMAL] * len(tokens))
     vocab = {token: index for index, token in enumerate(tokens)}
     if not len(vocab) == len(tokens) == len(types):
@@ -375,8 +381,8 @@ def build_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
             f"{len(types)} in tokenizer.ggml.token_type: the three must be equal"
         )
     merges = []
-    for index, merge in enumerate(file.get("tokenizer.ggml.merges", list)):
-        left, _, right = str(merge).partition(" ")
+    for index, merge in enumerate(file.strings("tokenizer.ggml.merges")):
+        left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise TokenizerError(f"{file.path}: tokenizer.ggml.merges[{index}]={merge!r}: unknown token")
         merges.append((left, right))
@@ -397,7 +403,9 @@ def build_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
                 f"{file.path}: add_bos_token is set, but tokenizer.ggml.bos_token_id is missing"
             )
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="$bos $A", pair="$bos $A $bos:1 $B:1", special_tokens=[("$bos", bos)]
+            single=["bos", "$A"],
+            pair=["bos", "$A", "bos:1", "$B:1"],
+            special_tokens=[{"id": "bos", "ids": [bos], "tokens": [tokens[bos]]}],
         )
     return tokenizer
 
@@ -471,7 +479,7 @@ def _write_tokenizer(
     file: GGUFFile, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], out: Path
 ) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
-    tokens = file.get("tokenizer.ggml.tokens", list)
+    tokens = file.strings("tokenizer.ggml.tokens")
     ids = {role: file.token_id(key) for role, key in _SPECIAL_ROLES.items()}
     special = {f"{role}_token": tokens[token] for role, token in ids.items() if token is not None}
     _write_json(out / "special_tokens_map.json", special)

@@ -27,6 +27,7 @@ answers {"texts": [str, ...]}, one text per cut: the rendering of the first n me
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -51,8 +52,7 @@ class RefusedError(Exception):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: puts the two marks of the request around what the model is
-    to learn."""
+    """`{% generation %} ... {% endgeneration %}`: the request's two marks around the block's output."""
 
     tags = {"generation"}  # noqa: RUF012  (the name and kind that jinja2 looks up)
     marks = ("", "")
@@ -155,10 +155,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
-    try:
+    # Refused where a lower hard limit is already in force or the system has none: the time limit still holds.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    except (ValueError, OSError):
-        pass  # a lower hard limit is already in force, or the system has none: the time limit still holds
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])

@@ -13,9 +13,9 @@ The `tokenizers` library does the splitting and merging. What is added here:
   tokens (Qwen's `<tool_call>`) are ordinary vocabulary and always match, as in transformers and llama.cpp.
 - *Whole characters.* A byte-level token may end inside a character; `stream()` waits for the rest of it.
 - *Every end token.* A chat model may have several; `eos_ids` is the set that generation stops on.
-- *Chats*, see `chat`.
+- *Chats*, see `chat` and `chat_labels`.
 
-Text is Unicode: a lone surrogate (half of a UTF-16 pair, as in `json.loads('"\\\\ud83d"')`) has no UTF-8 form
+Text is Unicode: a lone surrogate (half of a UTF-16 pair, which `json.loads` lets through) has no UTF-8 form
 and is refused with TokenizerError. NUL and every other character is encoded. Costs are linear in the text's
 length.
 """
@@ -30,6 +30,7 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 
 from .chat import ChatEncoder, Message
+from .chat_labels import encode_with_mask
 from .chat_template import ChatTemplates, load_templates
 from .errors import TokenizerError
 from .tokenizer_files import parse, read_object, read_tokenizer, special_strings, token_ids
@@ -47,19 +48,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    data = read_tokenizer(path)
+    raw = parse(read_tokenizer(path), path)
     config = read_object(folder / "tokenizer_config.json")
     special = special_strings(config, read_object(folder / "special_tokens_map.json"))
-    raw = parse(data, path)
     eos_ids = token_ids(folder, "eos_token_id")
     return Tokenizer(
-        raw, data, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path
+        raw, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path
     )
 
 
 class Tokenizer:
-    """Encodes and decodes; made by `load_tokenizer`. Holds no state that a call changes: threads may share
-    it.
+    """Encodes and decodes; made by `load_tokenizer`. No call changes it: threads may share it.
 
     special_tokens: {"eos_token": "<|im_end|>", ...}, the roles that tokenizer_config.json names.
     special_ids:    ids of every token that tokenizer.json marks "special".
@@ -68,14 +67,12 @@ class Tokenizer:
     eos_id:         the one to write at a text's end: that of `eos_token` if it is in eos_ids, else the first;
                     or None.
     bos_id:         the id of `bos_token`, or None.
-    vocab_size:     one more than the largest id: what an embedding must have at least. (A model may have
-                    more.)
+    vocab_size:     one more than the largest id: what an embedding must have at least.
     """
 
     def __init__(
         self,
         raw: RawTokenizer,
-        data: Mapping[str, Any],
         *,
         special: Mapping[str, str],
         eos_ids: Sequence[int] = (),
@@ -83,7 +80,6 @@ class Tokenizer:
         path: Path,
     ) -> None:
         self._raw = raw
-        self._data = data
         self._path = path
         self._templates = templates
         self.special_tokens = dict(special)
@@ -111,7 +107,7 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> RawTokenizer:
-        plain = parse(self._data, self._path)
+        plain = RawTokenizer.from_str(self._raw.to_str())
         plain.encode_special_tokens = (
             True  # the library's name for: special tokens' text is encoded like any other
         )
@@ -119,7 +115,7 @@ class Tokenizer:
 
     @cached_property
     def _chat(self) -> ChatEncoder:
-        return ChatEncoder(self._raw, self._plain, self._data)
+        return ChatEncoder(self._raw, self._plain)
 
     def encode(self, text: str, *, parse_special: bool = False, add_special: bool = False) -> list[int]:
         """The ids of `text`.
@@ -230,10 +226,11 @@ class Tokenizer:
 
         mask[t] is True for the tokens of every assistant turn, its end-of-turn token included, and for no
         other (not for the newline that follows it). A message with "weight": 0 is left out of the mask.
-        `chat` says the rest.
+        The rest is as in `chat`.
         Raises TemplateError: also when the template gives no way to tell an assistant's tokens.
         """
-        return self._chat.with_mask(
+        return encode_with_mask(
+            self._chat,
             self._templates.pick(tools=tools is not None),
             messages,
             {**self.special_tokens, "tools": tools, **variables},

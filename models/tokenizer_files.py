@@ -104,8 +104,7 @@ def _problem(data: Mapping[str, Any]) -> RawTokenizer | str:
 
 
 def special_strings(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """{"eos_token": "</s>", ...} from tokenizer_config.json, else special_tokens_map.json; unset ones are
-    absent."""
+    """Such as {"eos_token": "</s>"}: from tokenizer_config.json, else special_tokens_map.json."""
     found: dict[str, str] = {}
     for name in SPECIAL_NAMES:
         for file, source in (("tokenizer_config.json", config), ("special_tokens_map.json", special_map)):

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,9 @@ class _HeaderError(ValueError):
     """What is wrong with a header; the caller adds which file."""
 
 
-def _parse_header(prefix: bytes, read: Any, file_size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _parse_header(
+    prefix: bytes, read: Callable[[int], bytes], file_size: int
+) -> tuple[dict[str, Entry], dict[str, str]]:
     if len(prefix) < 8:
         raise _HeaderError(f"{file_size} bytes long, wanted at least 8 for the header's length")
     n = int.from_bytes(prefix, "little")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..kernels.nf4 import QuantizationError
-from .linear import QuantizedLinear, quantize_linears
+from .linear import QuantizedLinear
+from .replace import quantize_linears
 from .tensor import QuantizedTensor, dequantize, quantize
 
 __all__ = [

@@ -3,23 +3,22 @@
     y  = x Wᵀ + b        x [..., K], W [N, K] decoded from 4 bits just before the product
     dx = dy W            W is decoded a second time; db = sum of dy over all but the last dimension
 
-Nothing of the size of W in 16 or 32 bits outlives either pass. W is frozen, so dW is not needed and x need not be
-saved: what autograd keeps of this layer is a reference to the packed weight it already has. Decoding costs about
-5% of a step at 256 tokens, and its share falls with the number of tokens.
+Nothing of the size of W in 16 or 32 bits outlives either pass. W is frozen, so dW is not needed and x need
+not be saved: what autograd keeps of this layer is a reference to the packed weight it already has. Decoding
+costs about 5% of a step at 256 tokens, and its share falls with the number of tokens.
 
-The decoded weight goes into scratch memory that all layers share. This matters on the CPU, where a fresh tensor of
-more than 32 MiB is mapped, faulted in page by page and unmapped again, about 0.45 ms per MiB: ten times the cost of
-decoding. There is one scratch per thread, so that two threads never decode into the same memory, and it is used
-only between a decode and the product that follows, inside functions where autograd does not record: no graph can
-hold it. On a GPU torch's caching allocator already reuses memory, in the order of the stream; there W is an
-ordinary temporary.
+The decoded weight goes into scratch memory that all layers share. This matters on the CPU, where a fresh
+tensor of more than 32 MiB is mapped, faulted in page by page and unmapped again, about 0.45 ms per MiB: ten
+times the cost of decoding. There is one scratch per thread, so that two threads never decode into the same
+memory, and it is used only between a decode and the product that follows, inside functions where autograd
+does not record: no graph can hold it. On a GPU torch's caching allocator already reuses memory, in the order
+of the stream; there W is an ordinary temporary.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -43,7 +42,8 @@ class _Scratch(threading.local):
         buffer = self.buffers.get(dtype)
         if buffer is None or buffer.numel() < numel:
             self.buffers.pop(dtype, None)  # free the small one before the large one is made
-            buffer = self.buffers[dtype] = torch.empty(numel, dtype=dtype)
+            with torch.inference_mode(False):  # an inference tensor could not be written to later
+                buffer = self.buffers[dtype] = torch.empty(numel, dtype=dtype)
         return buffer[:numel].view(shape)
 
 
@@ -70,14 +70,15 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         nested_offset: Tensor | None,
         meta: tuple[Kind, int, tuple[int, ...], torch.dtype],
     ) -> Tensor:
-        # Saved as tensors, though they are buffers, so that autograd notices if someone writes to them meanwhile.
+        # Saved as tensors, though they are buffers, so that autograd notices if someone writes to them
+        # meanwhile.
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
         ctx.meta = meta
         weight = _decode(QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), x.dtype)
         return F.linear(x, weight, bias)  # [..., K] @ [K, N] -> [..., N]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
@@ -93,8 +94,8 @@ class QuantizedLinear(nn.Module):
     """y = x Wᵀ + b, W [N, K] frozen in 4 bits.
 
     The parts of W are buffers: they follow `.to(device)` and appear in `state_dict` as `packed`, `absmax`,
-    `nested_absmax`, `nested_offset`. `.to(dtype)`, `.half()` and the like leave them as they are, because a rounded
-    absmax would be another weight; the layer computes in the dtype of its input.
+    `nested_absmax`, `nested_offset`. `.to(dtype)`, `.half()` and the like leave them as they are, because a
+    rounded absmax would be another weight; the layer computes in the dtype of its input.
     """
 
     packed: Tensor
@@ -147,12 +148,10 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.quantized, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> y [..., N], in the dtype of x (under autocast, in autocast's)."""
+        """Map x [..., K] to y [..., N], in the dtype of x, or under autocast in autocast's."""
         if x.shape[-1] != self.in_features:
-            raise QuantizationError(
-                f"x has {x.shape[-1]} features in its last dimension: wanted {self.in_features}"
-            )
-        if torch.is_autocast_enabled(x.device.type):
+            raise QuantizationError(f"x is [..., {x.shape[-1]}]: wanted [..., {self.in_features}]")
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
@@ -170,74 +169,8 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        bits = self.quantized.bits_per_weight
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"kind={self.kind}, block_size={self.block_size}, bits_per_weight={bits:.3f}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, kind={self.kind}, block_size={self.block_size}, "
+            f"bits_per_weight={self.quantized.bits_per_weight:.3f}"
         )
-
-
-DEFAULT_SKIP = ("lm_head",)
-
-
-def quantize_linears(
-    model: nn.Module,
-    *,
-    kind: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    skip: tuple[str, ...] = DEFAULT_SKIP,
-) -> list[str]:
-    """Replace every nn.Linear inside `model` by a QuantizedLinear, in place, one at a time.
-
-    skip: layers to leave alone, as a dotted path, its last parts, or a glob: "lm_head", "mlp.down_proj",
-        "model.layers.0.*". The output head stays, as in the QLoRA paper: its error goes straight to the logits.
-    Returns the dotted names that were replaced, in the order of the model.
-    Raises QuantizationError: nothing to replace; a skip pattern that fits no linear layer; a weight that another
-        module also holds (a tied head). The model is then unchanged.
-    """
-    # Exactly nn.Linear: a subclass may be read by its owner in ways that a quantized weight does not serve.
-    found = {
-        name: m for name, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear and name
-    }
-    for pattern in skip:
-        if pattern not in DEFAULT_SKIP and not any(_fits(name, pattern) for name in found):
-            raise QuantizationError(
-                f"skip={pattern!r} fits no linear layer: there are {', '.join(found) or 'none'}"
-            )
-    targets = {name: m for name, m in found.items() if not any(_fits(name, pattern) for pattern in skip)}
-    if not targets:
-        raise QuantizationError(
-            f"no linear layer to quantize: the model has {', '.join(found) or 'none'}, skip={skip}"
-        )
-    _refuse_tied(model, targets)
-
-    names = list(targets)
-    places: dict[nn.Linear, list[str]] = {}  # one layer can stand in several places
-    for name, linear in targets.items():
-        places.setdefault(linear, []).append(name)
-    del found, targets
-    while places:  # `places` lets go of each layer before the next: the peak is one layer above the model
-        linear = next(iter(places))
-        layer = QuantizedLinear.from_linear(
-            linear, kind=kind, block_size=block_size, double_quant=double_quant
-        )
-        layer.train(linear.training)
-        for name in places.pop(linear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-    return names
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
-
-
-def _refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
-    weights = {id(linear.weight): name for name, linear in targets.items()}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in weights and module not in targets.values():
-                raise QuantizationError(
-                    f"{weights[id(parameter)]} shares its weight with {name}: add it to skip, or untie them first"
-                )

@@ -2,12 +2,11 @@
 
 HNSW (Malkov & Yashunin, arXiv:1603.09320) answers in about log n steps over a layered neighbour graph. Its
 file is no safe store: hnswlib writes it in place without fsync, magic number or checksum, says nothing when
-                       the disk is full,
-loads a file of another dimension or metric as if it were right, and crashes on a flipped bit. So:
+the disk is full, loads a file of another dimension or metric as if it were right, and crashes on a flipped
+bit. So:
 
     index-<16 hex>.hnsw    the graph and the unit vectors; published by rename, then
-    manifest.json          what it is: sha256, bytes, count, last_id, dim, M, ef_construction, library
-                           version; then
+    manifest.json          sha256, bytes, count, last_id, dim, M, ef_construction, library version; then
     meta.index_sha256      in the database: the one file that this database trusts.
 
 `load_index` runs only on a file whose SHA-256 is the one in the manifest *and* in the database, so a torn,
@@ -15,9 +14,8 @@ flipped, foreign or outdated file (also one that is newer than a database restor
 parsed. Any doubt raises UnusableIndexError and the caller builds again, or searches exactly.
 
 Other traps, and what keeps clear of them: a query of the wrong dimension reads out of bounds (the caller
-                                           checks it);
-asking for more results than can be found raises and leaks (k is capped at the live count); deleted points are
-marked in memory only and the file never holds a marked one; slots are never reused.
+checks it); asking for more results than can be found raises and leaks (k is capped at the live count);
+deleted points are marked in memory only and the file never holds a marked one; slots are never reused.
 """
 
 from __future__ import annotations
@@ -51,11 +49,9 @@ class UnusableIndexError(StoreError):
 class HnswConfig:
     """What HNSW trades.
 
-    M:               links per node, 2...128; more is better recall and D-independent memory of about 8 M
-                     bytes a vector.
+    M:               links per node, 2...128; more is better recall, and about 8 M bytes more per vector.
     ef_construction: candidates per insertion; more is a slower build of a better graph.
-    ef:              candidates per search; more is better recall, time about proportional. Never less than k
-                     + 16.
+    ef:              candidates per search; more is better recall, time about proportional. At least k + 16.
     """
 
     M: int = 16
@@ -83,12 +79,9 @@ class HnswIndex:
     def build(
         cls, batches: Iterable[tuple[Int64, Float32]], *, count: int, dim: int, config: HnswConfig
     ) -> HnswIndex:
-        """Insert `count` >= 1 unit vectors, on all cores; with more than one, two builds differ in their
-        graphs.
-        """
-        index = hnswlib.Index(
-            space="ip", dim=dim
-        )  # of unit vectors: inner product is cosine, vectors kept as given
+        """Insert `count` >= 1 unit vectors, on all cores: with several, no two graphs are the same."""
+        # Of unit vectors the inner product is the cosine, and "ip" keeps the vectors as they are.
+        index = hnswlib.Index(space="ip", dim=dim)
         index.init_index(
             max_elements=count, M=config.M, ef_construction=config.ef_construction, random_seed=100
         )

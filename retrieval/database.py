@@ -39,6 +39,16 @@ _TABLES = {"meta", "documents", "chunks", "vectors"}
 _RESTORE = "restore it from a copy, or index the documents again into another folder"
 
 
+def check_nothing_lost(path: Path, *leftovers: str) -> None:
+    """Refuse to make an empty database where, by what else is in the folder, a full one has been.
+
+    Raises CorruptStoreError.
+    """
+    for leftover in (_wal(path), *(path.with_name(name) for name in leftovers)):
+        if leftover.exists():
+            raise CorruptStoreError(f"{path}: missing, but {leftover.name} is there: {_RESTORE}")
+
+
 def create_database(path: Path, *, embedder_id: str, chunk_size: int, chunk_overlap: int) -> None:
     """Write an empty store under a temporary name and publish it: `path` never exists half-made."""
     meta = {
@@ -129,8 +139,8 @@ def translated_errors(path: Path) -> Iterator[None]:
             raise ReadOnlyError(
                 f"{path}: {text}: open the store for writing where it can be written"
             ) from error
-        advice = "free some space and repeat" if "full" in text else "see the system's message and repeat"
-        raise StoreError(f"{path}: {text}: nothing of this step was stored; {advice}") from error
+        advice = "free some space" if "full" in text else "check that the folder can be used"
+        raise StoreError(f"{path}: {text}: {advice} and repeat, this step changed nothing") from error
 
 
 def record_change(connection: sqlite3.Connection, **meta: str) -> None:

@@ -1,17 +1,15 @@
 """Read text and Markdown files into `Document`s; one bad file is reported and does not stop the others.
 
 What is a document here: a regular file of valid UTF-8 (a byte-order mark is allowed and dropped), not empty,
-                         without
-NUL bytes, of at most `max_bytes`. Newlines stay as they are, so that a chunk's offsets count the file's own
-characters.
+without NUL bytes, of at most `max_bytes`. Newlines stay as they are, so that a chunk's offsets count the
+file's own characters.
 
 Folders are walked in sorted order. Names that start with a dot are passed over, and so are symbolic links: a
 link to something inside the folder adds nothing, as its target is read under its own name, and a link to the
 outside must not be followed. That one rule also ends every loop. A path that the caller names may itself be a
 link.
 
-A file is opened without blocking and checked after it was opened, so a FIFO cannot hang the walk and a file
-that is swapped for a link between the look and the opening is not followed.
+A file is opened without blocking and looked at after it was opened, so that a FIFO cannot hang the walk.
 """
 
 from __future__ import annotations

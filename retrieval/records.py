@@ -66,7 +66,7 @@ def encode_metadata(document: Document) -> str:
         raise DocumentError(f"{document.uri}: metadata: {error}: use what JSON can hold") from None
 
 
-def stored_sha256(db: sqlite3.Connection, uri: str) -> str | None:
+def read_sha256(db: sqlite3.Connection, uri: str) -> str | None:
     """The hash of a stored document, None if there is none of that name."""
     row = db.execute("SELECT sha256 FROM documents WHERE uri = ?", (uri,)).fetchone()
     return None if row is None else str(row[0])

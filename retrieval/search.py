@@ -43,9 +43,8 @@ class Searcher:
         self._block = Block(dim)  # everything, or what is not in the index
         self._index: HnswIndex | None = None
         self._sha256 = ""  # of the file that `_index` was loaded from or saved to
-        self._unreachable = (
-            False  # an index lost touch with live points: building the same again would not help
-        )
+        # An index lost touch with live points; building the same again would not help.
+        self._unreachable = False
 
     @property
     def method(self) -> str:
@@ -64,7 +63,8 @@ class Searcher:
             except UnusableIndexError as error:
                 log.warning("%s: searching exactly from now on: %s", self._folder, error)
                 self._unreachable = True
-                self._use_block(connection)
+                self._use_block()
+                self._block.refresh(connection)
                 return self.top_k(connection, query, k)
             tail_ids, tail_rows = self._block.candidates(query32, k)
             return rank(np.concatenate([ids, tail_ids]), np.concatenate([rows, tail_rows]), query, k)
@@ -81,8 +81,7 @@ class Searcher:
         )
 
     def build(self, connection: sqlite3.Connection) -> str:
-        """Build and publish the index; returns its SHA-256, or "" if there is nothing to build or no place
-        for it.
+        """Build and publish the index; its SHA-256, or "" if there is nothing to build or no room for it.
 
         The caller is the store's only writer, and records the SHA-256 in the database.
         """
@@ -110,7 +109,7 @@ class Searcher:
         if seq == self._seen:
             return
         if _count(connection) < max(1, self._exact_below) or self._unreachable:
-            self._use_block(connection)
+            self._use_block()
         else:
             self._use_index(connection, meta["index_sha256"])
         self._block.refresh(connection)
@@ -123,8 +122,9 @@ class Searcher:
                     self._folder, trusted_sha256=sha256, dim=self._dim, config=self._config
                 )
             except UnusableIndexError as error:
-                log.warning("%s: no index in use, searching exactly: %s", self._folder, error)
-                self._use_block(connection)
+                level = logging.WARNING if sha256 else logging.INFO  # never built is no fault
+                log.log(level, "%s: no usable HNSW index, doing without: %s", self._folder, error)
+                self._use_block()
                 return
             self._sha256 = sha256
         if self._block.after != self._index.last_id:
@@ -135,11 +135,10 @@ class Searcher:
             ).fetchall()
             self._index.keep_only(np.array([chunk_id for (chunk_id,) in rows], dtype=np.int64))
 
-    def _use_block(self, connection: sqlite3.Connection) -> None:
+    def _use_block(self) -> None:
         self._index = None
         if self._block.after != 0:
             self._block = Block(self._dim)
-        self._block.refresh(connection)
 
 
 def _count(connection: sqlite3.Connection, *, up_to: int | None = None) -> int:

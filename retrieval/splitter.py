@@ -18,8 +18,8 @@ What holds for every text, and is tested as a property:
 - the counter sees O(len(text)) characters, so a megabyte without one space splits in linear time.
 
 Left out: language-specific sentence models (an abbreviation before a capital letter, "Dr. Smith", ends a
-          unit, which
-only moves the place where a chunk may end), and grapheme clusters: the last resort cuts between code points.
+unit, which only moves the place where a chunk may end), and grapheme clusters: the last resort cuts between
+code points.
 """
 
 from __future__ import annotations

@@ -23,16 +23,21 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import records
 from .ann import MANIFEST, HnswConfig
-from .database import create_database, open_database, record_change, signature, transaction
+from .database import (
+    check_nothing_lost,
+    create_database,
+    open_database,
+    record_change,
+    signature,
+    transaction,
+)
 from .documents import Document
 from .errors import (
-    CorruptStoreError,
     EmbedderError,
     EmbedderMismatchError,
     QueryError,
@@ -40,14 +45,12 @@ from .errors import (
     StoreError,
     StoreNotFoundError,
 )
+from .ingest import Embedder, Prepared, embed_group, prepare
 from .locking import WriterLock
 from .records import AddReport, Hit, Stats
 from .search import Searcher
 from .splitter import Chunk, TokenCounter, count_words, split_text
 from .vectors import Float32, check_vectors
-
-Embedder = Callable[[list[str]], Any]
-"""Texts -> float32 [n, D], or anything that numpy sees as such."""
 
 Progress = Callable[[int, "int | None"], None]
 """(documents done, of how many, if known). When it is called, the first `done` documents are on the disk."""
@@ -55,7 +58,6 @@ Progress = Callable[[int, "int | None"], None]
 DATABASE = "store.sqlite3"
 CHUNK_SIZE, CHUNK_OVERLAP = 256, 20  # of a new store
 EXACT_BELOW = 20_000  # chunks; an exact search of so many takes milliseconds
-_BATCH = 256  # texts per call of the embedder, unless one document alone has more
 
 
 class Store:
@@ -121,10 +123,10 @@ class Store:
             )
         folder = Path(path)
         file = folder / DATABASE
-        lock = None if read_only else _lock_folder(folder)
+        lock = None if read_only else WriterLock(folder)
         try:
             if not file.exists():
-                _check_nothing_lost(folder)
+                check_nothing_lost(file, MANIFEST)
                 if read_only:
                     raise StoreNotFoundError(f"{file}: no store here: index some documents into it first")
                 if not embedder_id:
@@ -179,7 +181,7 @@ class Store:
         """Store the documents in order, each whole or not at all, and durable when `progress` counts it.
 
         A document whose uri and sha256 are stored already is not embedded again; one whose sha256 changed
-        replaces the stored one. An error leaves the documents before it stored.
+        replaces the stored one. An error leaves stored what `progress` has counted.
 
         Raises EmbedderError: no embedder, or vectors with NaN, inf, only zeros or a wrong shape (nothing of
         that batch is stored). ReadOnlyError. DocumentError: metadata that JSON cannot hold. What the embedder
@@ -189,13 +191,17 @@ class Store:
         total = len(documents) if isinstance(documents, Sized) else None
         counts = {"added": 0, "replaced": 0, "unchanged": 0}
         chunks = done = 0
-        for batch in self._batches(documents):
-            for prepared, outcome in self._write(batch):
-                counts[outcome] += 1
-                chunks += len(prepared.chunks or ())
+        for group in prepare(documents, is_stored=self._is_stored, split=self._split):
+            vectors = self._embed(group)  # [chunks of the group, D]
+            at = 0
+            for prepared in group:
+                rows = vectors[at : at + len(prepared.chunks or ())]
+                at += len(rows)
+                counts[self._commit(prepared, rows)] += 1
                 done += 1
                 if progress is not None:
                     progress(done, total)
+            chunks += at
         return AddReport(**counts, chunks=chunks)
 
     def delete(self, uri: str) -> bool:
@@ -208,8 +214,7 @@ class Store:
         return deleted
 
     def search(self, query: str, *, k: int = 5, score_threshold: float | None = None) -> list[Hit]:
-        """The k chunks nearest to the query, best first, equal scores by chunk id; fewer if the store has
-        fewer.
+        """The k chunks nearest to the query, or all there are; best first, equal scores by chunk id.
 
         score_threshold: leave out hits whose cosine is below it. An empty list means: nothing found.
         Raises QueryError: an empty query, k < 1, a threshold that is no number. EmbedderError: as in `add`.
@@ -221,7 +226,9 @@ class Store:
             dim = records.read_dim(self._db)
         if dim is None:  # nothing was ever stored
             return []
-        return self.search_vector(self._embed([query], "query", dim)[0], k=k, score_threshold=score_threshold)
+        answer = self._require_embedder()([query])
+        vector = check_vectors(answer, count=1, dim=dim, what="query")[0]
+        return self.search_vector(vector, k=k, score_threshold=score_threshold)
 
     def search_vector(
         self, vector: Float32 | list[float], *, k: int = 5, score_threshold: float | None = None
@@ -233,10 +240,12 @@ class Store:
             if dim is None:
                 return []
             query = check_vectors([vector], count=1, dim=dim, what="query")[0].astype(np.float64)
-            if self._lock is not None and self._searcher_for(dim).wants_build(self._db):
-                self.build_index()
+            searcher = self._searcher_for(dim)
+            build = self._lock is not None and searcher.wants_build(self._db)
+        if build:
+            self.build_index()
         with self._reading():
-            found = self._searcher_for(dim).top_k(self._db, query / np.linalg.norm(query), k)
+            found = searcher.top_k(self._db, query / np.linalg.norm(query), k)
             if score_threshold is not None:
                 found = [(chunk_id, score) for chunk_id, score in found if score >= score_threshold]
             return records.load_hits(self._db, found)
@@ -272,70 +281,37 @@ class Store:
         with self._reading():
             return records.read_stats(self._db, self._file.stat().st_size)
 
-    def _batches(self, documents: Iterable[Document]) -> Iterator[list[_Prepared]]:
-        """Documents with their chunks, grouped so that the embedder gets full batches; a group has no uri
-        twice.
-        """
-        batch: dict[str, _Prepared] = {}
-        texts = 0
-        for document in documents:
-            if document.uri in batch or texts >= _BATCH or len(batch) >= _BATCH:
-                yield list(batch.values())
-                batch, texts = {}, 0
-            with self._reading():
-                unchanged = records.stored_sha256(self._db, document.uri) == document.sha256
-            chunks = None if unchanged else self._split(document.text)
-            batch[document.uri] = _Prepared(document, records.encode_metadata(document), chunks)
-            texts += len(chunks or ())
-        if batch:
-            yield list(batch.values())
+    def _is_stored(self, document: Document) -> bool:
+        with self._reading():
+            return records.read_sha256(self._db, document.uri) == document.sha256
 
     def _split(self, text: str) -> list[Chunk]:
         size, overlap = int(self._meta["chunk_size"]), int(self._meta["chunk_overlap"])
         return split_text(text, size=size, overlap=overlap, count_tokens=self._count_tokens)
 
-    def _write(self, batch: list[_Prepared]) -> Iterator[tuple[_Prepared, str]]:
-        """Embed the whole batch, then commit its documents one by one."""
-        texts = [chunk.text for prepared in batch for chunk in prepared.chunks or ()]
-        vectors = np.empty((0, 0), np.float32)
-        if texts:
-            with self._reading():
-                dim = records.read_dim(self._db)
-            changed = [prepared.document.uri for prepared in batch if prepared.chunks]
-            what = changed[0] if len(changed) == 1 else f"{changed[0]} ... {changed[-1]}"
-            vectors = self._embed(texts, what, dim)  # [chunks of the batch, D]
-        at = 0
-        for prepared in batch:
-            document, metadata, chunks = prepared
-            with transaction(self._db, "IMMEDIATE", self._file):
-                if chunks is None:
-                    outcome = "unchanged"
-                    if records.write_metadata(self._db, document.uri, metadata):
-                        record_change(self._db)
-                else:
-                    rows = vectors[at : at + len(chunks)]
-                    at += len(chunks)
-                    replaced = records.write_document(self._db, document, metadata, chunks, rows)
-                    outcome = "replaced" if replaced else "added"
-                    record_change(self._db, **({"dim": str(vectors.shape[1])} if chunks else {}))
-            yield prepared, outcome
+    def _embed(self, group: list[Prepared]) -> Float32:
+        with self._reading():
+            dim = records.read_dim(self._db)
+        return embed_group(self._require_embedder(), group, dim=dim or self._dim)
 
-    def _embed(self, texts: list[str], what: str, dim: int | None) -> Float32:
-        """Checked vectors [n, D] of texts, asked for in slices so that the embedder's memory stays
-        bounded.
-        """
+    def _commit(self, prepared: Prepared, vectors: Float32) -> str:
+        """One transaction: the document as it is now, or nothing of it. Returns the key to count it under."""
+        document, metadata, chunks = prepared
+        with transaction(self._db, "IMMEDIATE", self._file):
+            if chunks is None:
+                if records.write_metadata(self._db, document.uri, metadata):
+                    record_change(self._db)
+                return "unchanged"
+            replaced = records.write_document(self._db, document, metadata, chunks, vectors)
+            record_change(self._db, **({"dim": str(vectors.shape[1])} if chunks else {}))
+        return "replaced" if replaced else "added"
+
+    def _require_embedder(self) -> Embedder:
         if self._embedder is None:
             raise EmbedderError(
                 f"{self._folder}: opened without an embedder: pass embedder= and embedder_id="
             )
-        parts: list[Float32] = []
-        for at in range(0, len(texts), _BATCH):
-            part = texts[at : at + _BATCH]
-            parts.append(
-                check_vectors(self._embedder(part), count=len(part), dim=dim or self._dim, what=what)
-            )
-            dim = parts[-1].shape[1]
-        return np.concatenate(parts)
+        return self._embedder
 
     def _searcher_for(self, dim: int) -> Searcher:
         if self._searcher is None:
@@ -376,32 +352,6 @@ class Store:
                     f"{self._file}: {name}={stored} in the store, {value} given: "
                     f"open it with {stored}, or index the documents into another folder"
                 )
-
-
-class _Prepared(NamedTuple):
-    """A document on its way into the store; chunks is None if it is stored already, unchanged."""
-
-    document: Document
-    metadata: str
-    chunks: list[Chunk] | None
-
-
-def _lock_folder(folder: Path) -> WriterLock:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{folder}: {error.strerror}: a store is a folder, choose another name") from error
-    return WriterLock(folder / "store.lock")
-
-
-def _check_nothing_lost(folder: Path) -> None:
-    """A folder with a store's leftovers but no database had one: an empty one must not take its place."""
-    for leftover in (f"{DATABASE}-wal", MANIFEST):
-        if (folder / leftover).exists():
-            raise CorruptStoreError(
-                f"{folder / DATABASE}: missing, but {leftover} is there: restore it from a copy, "
-                "or choose another folder"
-            )
 
 
 def _check_limits(k: int, score_threshold: float | None) -> None:

@@ -60,7 +60,8 @@ def unit(vectors: Float32) -> Float32:
 
 
 def _lengths(vectors: Float32) -> NDArray[np.float64]:
-    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    squares: NDArray[np.float64] = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
+    return np.sqrt(squares)
 
 
 def read_vectors(connection: sqlite3.Connection, *, after: int, dim: int) -> Iterator[tuple[Int64, Float32]]:

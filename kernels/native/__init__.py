@@ -5,4 +5,4 @@ from __future__ import annotations
 from .build import Library, NativeBuildError, load
 from .level import LEVELS, LevelError, choose_level
 
-__all__ = ["LEVELS", "Library", "LevelError", "NativeBuildError", "choose_level", "load"]
+__all__ = ["LEVELS", "LevelError", "Library", "NativeBuildError", "choose_level", "load"]

@@ -1,17 +1,20 @@
 """Compile a C file on first use, keep the library, load it. About 1 s once, then a few milliseconds.
 
-The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides what the
-compiler makes: source, flags, the compiler's own version text, the machine. The content part is a SHA-256 of the
-library itself, so an entry that was cut short, or changed, no longer fits its name and is built again. A library
-appears under its name by one rename: two processes that compile at once both succeed, and either file is good.
+The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
+what the compiler makes: source, flags, the compiler's own version text, the machine. The content part is a
+SHA-256 of the library itself, so an entry that was cut short, or changed, no longer fits its name and is
+built again. A library appears under its name by one rename: two processes that compile at once both succeed,
+and either file is good.
 
-Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then resolve
-to the runtime that torch has already loaded, which is why torch is imported first. With a second runtime beside
-torch's, both pools spin and every call costs about 8 ms. Where the compiler's OpenMP does not fit torch's runtime
-(clang beside libgomp), the library is built without, runs on one thread, and `describe` says so.
+Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then
+resolve to the runtime that torch has already loaded, which is why torch is imported first. With a second
+runtime beside torch's, both pools spin and every call costs about 8 ms. Where the compiler's OpenMP does not
+fit torch's runtime (clang beside libgomp), the library is built without, runs on one thread, and `describe`
+says so.
 
-Never `-march=native`: the source holds one function per instruction set and picks at run time, so that a cache on
-a shared home folder is right for every machine. `-ffp-contract=off`, because a fused multiply-add has other bits.
+Never `-march=native`: the source holds one function per instruction set and picks at run time, so that a
+cache on a shared home folder is right for every machine. `-ffp-contract=off`, because a fused multiply-add
+has other bits.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ def load(source: Path) -> Library:
 def _load(source: Path) -> Library:
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     version = _compiler_version(compiler)
-    if torch.backends.openmp.is_available():
+    if torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         try:
             return Library(_build_or_open(source, compiler, version, (*FLAGS, "-fopenmp")), openmp=True)
         except NativeBuildError as error:

@@ -11,18 +11,19 @@ FP4: a sign, two exponent bits and one mantissa bit, divided by the largest (12)
 DYNAMIC (8-bit optimizers, arXiv:2110.02861): quantizes the absmax values themselves in double quantization.
 A sign, a run of zeros as the exponent, a linear fraction in the bits that are left.
 
-Every float32 here is equal, bit for bit, to the one bitsandbytes uses, so files are interchangeable. The reference
-for those bits is `torch.linspace` in float32, whose last bit depends on whether the processor has a fused
-multiply-add; `_linspace` below says in plain arithmetic what the fused form computes, so that the tables are the
-same everywhere.
+Every float32 here is equal, bit for bit, to the one bitsandbytes uses, so files are interchangeable. The
+reference for those bits is `torch.linspace` in float32, whose last bit depends on whether the processor has a
+fused multiply-add; `_linspace` below says in plain arithmetic what the fused form computes, so that the
+tables are the same everywhere.
 """
 
 from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ from .errors import QuantizationError
 
 Kind = Literal["nf4", "fp4"]
 
-# The outermost quantile of NF4: the mean of 1 - 1/(2*15) and 1 - 1/(2*16), halfway between what 15 and what 16
-# equally likely codes would ask for. bitsandbytes writes it with seven digits, and the bits follow from those.
+# The outermost quantile of NF4: the mean of 1 - 1/(2*15) and 1 - 1/(2*16), halfway between what 15 and what
+# 16 equally likely codes would ask for. bitsandbytes writes it with seven digits, and the bits follow from
+# those.
 NF4_OFFSET = 0.9677083
 
 
@@ -68,7 +70,7 @@ def _make_dynamic() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for i in range(7):  # 2**i steps between 0.1 and 1, scaled to the decade 10**(i - 6)
         points = _linspace(0.1, 1.0, 2**i + 1)
-        for low, high in zip(points, points[1:], strict=False):
+        for low, high in pairwise(points):
             middle = _f32(_f32(_f32(low + high) / 2) * _f32(10.0 ** (i - 6)))
             values += [middle, -middle]
     return tuple(sorted(values))
@@ -82,14 +84,13 @@ TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 def check_kind(kind: str) -> Kind:
     """Return `kind`, or raise QuantizationError naming the two there are."""
-    for known in get_args(Kind):
-        if kind == known:
-            return known  # type: ignore[no-any-return]
-    raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
+    if kind not in TABLES:
+        raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
+    return kind
 
 
 def ascending(kind: Kind) -> tuple[list[float], list[int]]:
-    """The table in ascending order, and the code that each place in it has (for NF4 the place is the code)."""
+    """The table in ascending order, and the code of each place in it (for NF4, the place itself)."""
     table = TABLES[kind]
     codes = sorted(range(16), key=lambda code: table[code])  # stable: FP4's code 0 (+0) stays before 8 (-0)
     return [table[code] for code in codes], codes
@@ -97,7 +98,7 @@ def ascending(kind: Kind) -> tuple[list[float], list[int]]:
 
 def midpoints(values: list[float]) -> list[float]:
     """Float32 midpoints of neighbours: a number is nearest to place #{midpoints strictly below it}."""
-    return [_f32(_f32(a + b) / 2) for a, b in zip(values, values[1:], strict=False)]
+    return [_f32(_f32(a + b) / 2) for a, b in pairwise(values)]
 
 
 @lru_cache(maxsize=64)

@@ -18,6 +18,7 @@
    The tables come from codebook.py with each call; there is no second copy of them here. Arguments are checked in
    ops.py. No state, no allocation; the work is split by blocks, so the thread count cannot change a bit. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -40,13 +41,20 @@ typedef struct {
     void *out;                   /* [numel] */
     int64_t numel, block_size;
     int32_t dtype, level, threads;
+    int32_t stream;              /* write past the caches: see STREAM_BYTES in cpu.py */
 } dequantize_args;
 
-/* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. */
+/* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. Any NaN
+   becomes the plain one, whose low bits are 0: then rounding by addition, below, keeps it a NaN. */
 static inline float scale_of(const dequantize_args *a, int64_t block) {
-    if (!a->nested_absmax) return ((const float *)a->absmax)[block];
-    const float product = a->dynamic[((const uint8_t *)a->absmax)[block]] * a->nested_absmax[block / NESTED_BLOCK_SIZE];
-    return product + *a->nested_offset;
+    float scale;
+    if (a->nested_absmax) {
+        scale = a->dynamic[((const uint8_t *)a->absmax)[block]] * a->nested_absmax[block / NESTED_BLOCK_SIZE];
+        scale += *a->nested_offset;
+    } else {
+        scale = ((const float *)a->absmax)[block];
+    }
+    return scale == scale ? scale : NAN;
 }
 
 static inline int64_t length_of(const dequantize_args *a, int64_t block) {
@@ -64,7 +72,6 @@ static inline uint32_t bits_of(float x) {
 
 static inline uint16_t to_bfloat16(float x) {
     const uint32_t u = bits_of(x);
-    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN */
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
@@ -131,9 +138,7 @@ static void blocks_16_scalar(const dequantize_args *a, int64_t first, int64_t la
 TARGET_AVX2 static inline __m256i bfloat16_avx2(__m256 x) {
     const __m256i u = _mm256_castps_si256(x);
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
 }
 
 TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, int64_t last) {
@@ -151,7 +156,9 @@ TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, 
             const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
             const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)); /* bit 3 becomes the sign */
             const __m256 from_low = _mm256_permutevar8x32_ps(low, code), from_high = _mm256_permutevar8x32_ps(high, code);
-            _mm256_storeu_ps(out + i, _mm256_blendv_ps(from_low, from_high, in_high));
+            const __m256 values = _mm256_blendv_ps(from_low, from_high, in_high);
+            if (a->stream) _mm256_stream_ps(out + i, values);
+            else _mm256_storeu_ps(out + i, values);
         }
         if (whole < n) {
             float lut[16];
@@ -190,8 +197,15 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
                 _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(pair, 4), _mm256_slli_epi16(pair, 8)), _mm256_set1_epi8(15));
             const __m256i byte0 = _mm256_shuffle_epi8(lut_byte0, code), byte1 = _mm256_shuffle_epi8(lut_byte1, code);
             const __m256i a0 = _mm256_unpacklo_epi8(byte0, byte1), a1 = _mm256_unpackhi_epi8(byte0, byte1);
-            _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute2x128_si256(a0, a1, 0x20));
-            _mm256_storeu_si256((__m256i *)(out + i + 16), _mm256_permute2x128_si256(a0, a1, 0x31));
+            const __m256i values0 = _mm256_permute2x128_si256(a0, a1, 0x20);
+            const __m256i values1 = _mm256_permute2x128_si256(a0, a1, 0x31);
+            if (a->stream) {
+                _mm256_stream_si256((__m256i *)(out + i), values0);
+                _mm256_stream_si256((__m256i *)(out + i + 16), values1);
+            } else {
+                _mm256_storeu_si256((__m256i *)(out + i), values0);
+                _mm256_storeu_si256((__m256i *)(out + i + 16), values1);
+            }
         }
         if (whole < n) {
             uint16_t lut[16];
@@ -206,12 +220,17 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
 
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 
-TARGET_AVX512 static inline __m256i bfloat16_avx512(__m512 x) {
+/* 16 x float32 -> 16 lanes of 32 bits, each holding its bfloat16 (or float16) in both halves */
+TARGET_AVX512 static inline __m512i twice_bfloat16(__m512 x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
+    return _mm512_or_si512(_mm512_srli_epi32(rounded, 16), _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff0000)));
+}
+
+TARGET_AVX512 static inline __m512i twice_float16(__m512 x) {
+    const __m512i once = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_or_si512(once, _mm512_slli_epi32(once, 16));
 }
 
 TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t first, int64_t last) {
@@ -225,7 +244,9 @@ TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t fir
             /* Each byte b goes to a 64-bit lane: low half b >> 4, high half b. vpermps reads 4 bits of a half. */
             const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
             const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
-            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(code, lut));
+            const __m512 values = _mm512_permutexvar_ps(code, lut);
+            if (a->stream) _mm512_stream_ps(out + i, values);
+            else _mm512_storeu_ps(out + i, values);
         }
         if (whole < n) {
             float entries[16];
@@ -242,18 +263,19 @@ TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t fir
         const uint8_t *packed = a->packed + start / 2;
         uint16_t *out = (uint16_t *)a->out + start;
         const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(a, block)));
-        const __m256i rounded =
-            a->dtype == BFLOAT16 ? bfloat16_avx512(scaled) : _mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
-        const __m512i lut = _mm512_broadcast_i64x4(rounded); /* twice, so that bit 4 of an index does not matter */
+        const __m512i lut = a->dtype == BFLOAT16 ? twice_bfloat16(scaled) : twice_float16(scaled);
         for (int64_t i = 0; i < whole; i += 32) {
-            /* Each byte b goes to a 32-bit lane: low half b >> 4, high half b. vpermw reads 5 bits of a half. */
+            /* Each byte b goes to a 32-bit lane. vpermw reads 5 bits of each half: the code in bits 1 to 4, and any
+               bit 0, because every entry stands twice. So b >> 3 in the low half and b << 1 in the high one. */
             const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
-            const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(code, lut));
+            const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 3), _mm512_slli_epi32(byte, 17));
+            const __m512i values = _mm512_permutexvar_epi16(code, lut);
+            if (a->stream) _mm512_stream_si512((__m512i *)(out + i), values);
+            else _mm512_storeu_si512(out + i, values);
         }
         if (whole < n) {
             uint16_t entries[16];
-            _mm256_storeu_si256((__m256i *)entries, rounded);
+            _mm256_storeu_si256((__m256i *)entries, _mm512_cvtepi32_epi16(lut));
             lookup_16(packed + whole / 2, entries, out + whole, n - whole);
         }
     }
@@ -295,5 +317,8 @@ void qlorag_nf4_dequantize(const dequantize_args *a) {
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t first = task * step;
         run(a, first, first + step < blocks ? first + step : blocks);
+#ifdef X86
+        if (a->stream) _mm_sfence(); /* streamed stores become visible before the threads meet */
+#endif
     }
 }

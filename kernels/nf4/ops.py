@@ -1,9 +1,9 @@
 """The operations, their argument checks, and the choice of backend.
 
-Every backend of `dequantize` gives the same bits, so the choice is only about speed. `backend=None` takes the C
-kernel for tensors on the CPU when it could be compiled, and the reference for everything else; a backend that is
-named must run, or QuantizationError says why it cannot. Arguments are checked here, once, for all backends: past
-`_check_packed` no kernel can read or write out of bounds.
+Every backend of `dequantize` gives the same bits, so the choice is only about speed. `backend=None` takes the
+C kernel for tensors on the CPU when it could be compiled, and the reference for everything else; a backend
+that is named must run, or QuantizationError says why it cannot. Arguments are checked here, once, for all
+backends: past `_check_packed` no kernel can read or write out of bounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BackendStatus(NamedTuple):
 
 
 def quantize(w: Tensor, *, kind: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
-    """code = nearest(table, w / absmax), two codes to a byte (reference.py has the exact rule).
+    """Code = nearest(table, w / absmax), two codes to a byte (reference.py has the exact rule).
 
     w: float32, float16 or bfloat16, any shape, contiguous, all finite.
     Returns packed uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)].
@@ -48,10 +48,10 @@ def quantize(w: Tensor, *, kind: str = "nf4", block_size: int = 64) -> tuple[Ten
             f"w is {w.dtype}: quantize takes float32, float16 or bfloat16; convert it first"
         )
     if w.numel() == 0:
-        raise QuantizationError(f"w has shape {tuple(w.shape)}, no elements: there is nothing to quantize")
+        raise QuantizationError(f"w has shape {list(w.shape)}, no elements: there is nothing to quantize")
     if not w.is_contiguous():
         raise QuantizationError(
-            f"w with shape {tuple(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
+            f"w with shape {list(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
         )
     return reference.quantize(w, kind=known, block_size=block_size)
 
@@ -63,7 +63,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     Raises QuantizationError: wrong dtype or shape.
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
-        raise QuantizationError(f"absmax is {absmax.dtype} {tuple(absmax.shape)}: wanted float32 [blocks]")
+        raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
     return reference.quantize_absmax(absmax)
 
 
@@ -82,10 +82,11 @@ def dequantize(
     """w[i] = table[code[i]] * absmax[i // block_size]      (QLoRA, arXiv:2305.14314, section 3)
 
     packed:  uint8 [ceil(numel / 2)]; element 2i sits in the high nibble of byte i.
-    absmax:  float32 [ceil(numel / block_size)], or uint8 of that length with `nested`.
-    shape:   the shape of the result, numel = its product.
-    dtype:   of the result: float32, float16, bfloat16 (or float64, reference only). The product is float32, rounded once.
-    out:     contiguous tensor of `shape` and `dtype` to write into; large fresh results cost page faults.
+    absmax:  float32 [ceil(numel / block_size)], or with `nested` uint8 of that length.
+    shape:   of the result; numel is its product.
+    dtype:   of the result: float32, float16, bfloat16, or (reference only) float64. The product is float32
+             and is rounded once.
+    out:     contiguous tensor of `shape` and `dtype` to write into: a fresh one costs page faults.
     backend: "c", "reference", or None to choose.
     Returns the result (`out` itself if given).
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
@@ -150,8 +151,15 @@ def _why_not_c(device: torch.device, dtype: torch.dtype) -> str | None:
 def available_backends() -> list[BackendStatus]:
     """What can run here, and how, or why not."""
     why = _why_not_c(torch.device("cpu"), torch.float32)
-    c = BackendStatus("nf4.dequantize", "c", why is None, cpu.describe() if why is None else why)
-    return [c, BackendStatus("nf4.dequantize", "reference", True, "plain torch, any device")]
+    try:
+        c = BackendStatus("nf4.dequantize", "c", why is None, why or cpu.describe())
+    except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
+        c = BackendStatus("nf4.dequantize", "c", False, str(error))
+    return [
+        BackendStatus("nf4.quantize", "reference", True, "plain torch, any device"),
+        c,
+        BackendStatus("nf4.dequantize", "reference", True, "plain torch, any device"),
+    ]
 
 
 def _check_block_size(block_size: int) -> None:
@@ -164,7 +172,7 @@ def _check_packed(
 ) -> None:
     _check_block_size(block_size)
     if not shape or min(shape) < 1:
-        raise QuantizationError(f"shape={tuple(shape)}: every dimension must be at least 1")
+        raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
     _check_part("packed", packed, torch.uint8, (numel + 1) // 2, packed.device)
@@ -186,7 +194,8 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device:
         raise QuantizationError(f"{name} is {part.dtype}: wanted {dtype}")
     if part.numel() != numel:
         raise QuantizationError(
-            f"{name} has {part.numel()} elements, shape and block_size ask for {numel}: truncated, or another tensor's"
+            f"{name} has {part.numel()} elements, but shape and block_size ask for {numel}: "
+            "it is truncated, or belongs to another tensor"
         )
     if part.device != device:
         raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
@@ -200,7 +209,7 @@ def _check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: to
     got, want = (tuple(out.shape), out.dtype, out.device), (tuple(shape), dtype, device)
     if got != want:
         raise QuantizationError(
-            f"out is {got[1]} {got[0]} on {got[2]}: wanted {want[1]} {want[0]} on {want[2]}"
+            f"out is {got[1]} {list(got[0])} on {got[2]}: wanted {want[1]} {list(want[0])} on {want[2]}"
         )
     if not out.is_contiguous():
         raise QuantizationError(f"out is not contiguous (strides {out.stride()})")

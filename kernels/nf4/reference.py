@@ -1,22 +1,23 @@
 """4-bit block quantization in plain torch. This file is the definition; every other backend must match it.
 
-Quantize (QLoRA, arXiv:2305.14314, eq. 1 and section 3), per block of `block_size` elements of the flattened tensor:
+Quantize (QLoRA, arXiv:2305.14314, eq. 1 and section 3), per block of `block_size` elements of the flattened
+tensor:
 
     absmax = max |w|                              one float32 per block
     code   = nearest(table, w / absmax)           4 bits per element
     w'     = table[code] * absmax                 float32 product, then one rounding to the target type
 
-Double quantization: the absmax values are themselves block-quantized to 8 bits, 256 to a block, after their mean
-is subtracted (they are all positive, the code is symmetric). Cost per weight at block size 64: 4 bits of code,
-8/64 of absmax, 32/(64*256) of nested absmax: 4.127 bits, where float32 absmax would make it 4.5.
+Double quantization: the absmax values are themselves block-quantized to 8 bits, 256 to a block, after their
+mean is subtracted (they are all positive, the code is symmetric). Cost per weight at block size 64: 4 bits of
+code, 8/64 of absmax, 32/(64*256) of nested absmax: 4.127 bits, where float32 absmax would make it 4.5.
 
-Layout: blocks run over the row-major flattened tensor, across rows; byte i holds element 2i in its high nibble
-(`>> 4`) and 2i+1 in its low one; an odd count pads with the code of zero.
+Layout: blocks run over the row-major flattened tensor, across rows; byte i holds element 2i in its high
+nibble (`>> 4`) and 2i+1 in its low one; an odd count pads with the code of zero.
 
-The bytes are bitsandbytes' own (its CPU rule), so three of its choices are kept: w is multiplied by the float32
-reciprocal of absmax, but the ragged last block divides; a ragged last block of zeros stores absmax 1e-38; and
-8-bit codes come from a grid of 65536 points, so about 1 in 1000 is the second nearest. Unlike bitsandbytes,
-NaN and infinity are refused: one of them destroys its whole block.
+The bytes are bitsandbytes' own (its CPU rule), so three of its choices are kept: w is multiplied by the
+float32 reciprocal of absmax, but the ragged last block divides; a ragged last block of zeros stores absmax
+1e-38; and 8-bit codes come from a grid of 65536 points, so about 1 in 1000 is the second nearest. Unlike
+bitsandbytes, NaN and infinity are refused: one of them destroys its whole block.
 
 Left out: quantizing from float64, and any search for a better absmax than the largest element.
 """
@@ -47,7 +48,7 @@ class Nested(NamedTuple):
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
-    """code = nearest(table, w / absmax), two codes to a byte.
+    """Code = nearest(table, w / absmax), two codes to a byte.
 
     w: float32, float16 or bfloat16, any shape, all finite.
     Returns packed uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)].
@@ -71,7 +72,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
 
 
 def _scale_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """x / absmax clamped to [-1, 1], and the absmax of each block; x is float32 and flat."""
+    """X / absmax clamped to [-1, 1], and the absmax of each block; x is float32 and flat."""
     ragged = x.numel() % block_size
     full, tail = x[: x.numel() - ragged].view(-1, block_size), x[x.numel() - ragged :]
     absmax = full.abs().amax(dim=1)  # [blocks]
@@ -86,7 +87,7 @@ def _scale_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def _name_nonfinite(w: Tensor) -> str:
     where = torch.nonzero(~torch.isfinite(w))[0].tolist()
     value = w[tuple(where)].item()
-    return f"w{where} is {value}: only finite values can be quantized; find what produced it, or clean the tensor"
+    return f"w{where} is {value}: only finite values can be quantized; find out what produced it"
 
 
 def dequantize(
@@ -125,6 +126,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
 
 
 def dequantize_absmax(codes: Tensor, nested: Nested) -> Tensor:
-    """absmax[j] = dynamic[code[j]] * nested.absmax[j // 256] + nested.offset, float32 [blocks], two roundings."""
+    """absmax[j] = dynamic[code[j]] * nested.absmax[j // 256] + nested.offset
+
+    codes: uint8 [blocks]. Returns float32 [blocks]; the product and the sum are each rounded.
+    """
     scales = nested.absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: codes.numel()]
     return dynamic_table(codes.device)[codes.int()] * scales + nested.offset

@@ -1,0 +1,80 @@
+"""The verbs `pull`, `fuse` and `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .assemble import DTYPES, assemble
+from .cli_train import add_model_flags
+from .display import Display, size
+from .errors import UsageError
+from .fuse import fuse
+from .inspection import inspect_backends, inspect_folder
+from .pull import KNOWN_MODELS, pull
+
+
+def register(verbs: Any) -> None:
+    """Adds the verbs' flags."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    p = verbs.add_parser("pull", help="fetch a model", formatter_class=formatter)
+    p.set_defaults(run=run_pull)
+    p.add_argument("name", help=f"{', '.join(KNOWN_MODELS)}, or org/name of the Hugging Face Hub")
+
+    p = verbs.add_parser("fuse", help="write an adapter into its base model", formatter_class=formatter)
+    p.set_defaults(run=run_fuse)
+    add_model_flags(p)
+    p.add_argument("--adapter-path", required=True, help="the adapter")
+    p.add_argument("--save-path", required=True, help="folder for the fused model; must not exist")
+    p.add_argument("--save-dtype", default="bfloat16", choices=list(DTYPES), help="dtype of the saved weights")
+    p.add_argument(
+        "--de-quantize",
+        action="store_true",
+        help="accepted for mlx-lm's sake: a fused model is always saved dense, from the weights it was trained on",
+    )
+
+    p = verbs.add_parser("inspect", help="say what a folder holds", formatter_class=formatter)
+    p.set_defaults(run=run_inspect)
+    p.add_argument("path", nargs="?", help="folder of a model, an adapter, a store or data; or a known model's name")
+    p.add_argument("--quantize", choices=["nf4", "fp4"], help="also load a model in 4 bits and measure it")
+    p.add_argument("--model", help="count a data folder's tokens with this model's tokenizer")
+    p.add_argument("--backends", action="store_true", help="show which kernels this machine can run")
+
+
+def run_pull(args: argparse.Namespace, display: Display) -> int:
+    """`qlorag pull`."""
+    folder = pull(args.name)
+    display.say(folder)
+    display.result({"folder": str(folder)})
+    return 0
+
+
+def run_fuse(args: argparse.Namespace, display: Display) -> int:
+    """`qlorag fuse`."""
+    target = Path(args.save_path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"--save-path {target}: already there and not empty: choose another folder or remove it")
+    it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
+    report = fuse(it, target, dtype=DTYPES[args.save_dtype])
+    saved = sum(p.stat().st_size for p in target.iterdir())
+    against = f"decoded {it.quantize} weights" if it.quantize else "dense weights"
+    display.say(
+        f"{target}: {report['layers']} layers merged onto their {against}, largest change of a weight "
+        f"{report['largest_change']:.4g}; {size(saved)}"
+    )
+    display.result({"save_path": str(target), "quantize": it.quantize, **report})
+    return 0
+
+
+def run_inspect(args: argparse.Namespace, display: Display) -> int:
+    """`qlorag inspect`."""
+    if not args.path and not args.backends:
+        raise UsageError("inspect: give a folder, or --backends")
+    result: dict[str, Any] = {}
+    if args.backends:
+        result["backends"] = inspect_backends(display)
+    if args.path:
+        result |= inspect_folder(args.path, display, quantize=args.quantize, model=args.model)
+    display.result(result)
+    return 0

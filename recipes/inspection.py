@@ -1,0 +1,151 @@
+"""What a folder holds, in words: a model, an adapter, a store, or training data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import nf4
+from ..lora import read_adapter_info
+from ..models import Checkpoint, decoder_config, load_model, load_tokenizer, read_config
+from ..models.config import FAMILIES
+from ..quant import QuantizedLinear
+from ..retrieval import Store
+from .data import read_rows, tokenize_rows
+from .display import Display, count, size
+from .errors import UsageError
+from .pull import resolve_model
+
+
+def inspect_folder(name: str, display: Display, *, quantize: str | None, model: str | None) -> dict[str, Any]:
+    """Describes what `name` is. Raises UsageError: it is none of the four; and the errors of their readers."""
+    path = Path(name)
+    if path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")) and not _is_run(path)):
+        return _data(path, display, model)
+    if (path / "adapter_config.json").exists():
+        return _adapter(path, display)
+    if (path / "store.sqlite3").exists():
+        return _store(path, display)
+    folder = resolve_model(name)
+    if (folder / "config.json").exists():
+        return _model(folder, display, quantize)
+    raise UsageError(f"{name}: holds no config.json, adapter_config.json, store.sqlite3 or .jsonl file")
+
+
+def inspect_backends(display: Display) -> dict[str, str]:
+    """Which implementations of the 4-bit kernels can run here, and why the others cannot."""
+    backends = nf4.available_backends()
+    display.table(["backend", "nf4 kernels"], backends.items())
+    return dict(backends)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "adapter_config.json").exists()
+
+
+def _model(folder: Path, display: Display, quantize: str | None) -> dict[str, Any]:
+    raw, checkpoint = read_config(folder), Checkpoint(folder)
+    entries = [checkpoint.entry(n) for n in checkpoint.names()]
+    parameters = sum(math.prod(e.shape) for e in entries)
+    dtypes = Counter({d: sum(math.prod(e.shape) for e in entries if e.dtype == d) for d in {e.dtype for e in entries}})
+    result: dict[str, Any] = {
+        "kind": "model",
+        "model_type": raw.get("model_type"),
+        "parameters": parameters,
+        "bytes": sum(e.end - e.begin for e in entries),
+        "dtypes": dict(dtypes),
+        "fingerprint": checkpoint.fingerprint(),
+    }
+    rows = [
+        ("type", str(raw.get("model_type"))),
+        ("parameters", f"{count(parameters)} in {len(entries)} tensors"),
+        ("stored as", ", ".join(f"{d} ({100 * n / parameters:.1f} %)" for d, n in dtypes.most_common())),
+        ("weights", size(result["bytes"])),
+        ("fingerprint", result["fingerprint"][:16]),
+    ]
+    if raw.get("model_type") in FAMILIES:
+        c = decoder_config(raw, source=str(folder / "config.json"))
+        rows[1:1] = [
+            ("shape", f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads over {c.num_kv_heads} KV heads"),
+            ("vocabulary", f"{c.vocab_size}, head {'tied to the embedding' if c.tied_head else 'of its own'}"),
+            ("context", f"{c.max_positions} tokens, RoPE {c.rope.kind} with theta {c.rope.theta:g}"),
+        ]
+        if quantize:
+            packed = _quantized(folder, quantize)
+            result |= packed
+            rows += [
+                (f"as {quantize}", f"{count(packed['quantized_parameters'])} parameters in 4 bits, "
+                                   f"{packed['bits_per_weight']:.3f} bits each with all their state"),
+                ("in memory", f"{size(packed['quantized_bytes'])} packed and {size(packed['dense_bytes'])} dense"),
+            ]  # fmt: skip
+    display.table(["", str(folder)], rows)
+    return result
+
+
+def _quantized(folder: Path, kind: str) -> dict[str, Any]:
+    model = load_model(folder, quantize=kind, dtype=torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    parameters = sum(m.in_features * m.out_features for m in layers)
+    packed = sum(m.weight_nbytes for m in layers)
+    return {
+        "quantized_parameters": parameters,
+        "quantized_bytes": packed,
+        "bits_per_weight": 8 * packed / parameters,
+        "dense_bytes": sum(p.nbytes for p in model.parameters()),
+    }
+
+
+def _adapter(path: Path, display: Display) -> dict[str, Any]:
+    info = read_adapter_info(path)
+    quantized = "not recorded" if info.quantize is None else ", ".join(f"{k}={v}" for k, v in info.quantize.items())
+    display.table(
+        ["", str(path)],
+        [
+            ("adapter", f"LoRA r={info.config.r} alpha={info.config.alpha:g} dropout={info.config.dropout:g}"),
+            ("layers", f"{len(info.layers)}: {', '.join(sorted({n.rpartition('.')[2] for n in info.layers}))}"),
+            ("parameters", count(info.parameters)),
+            ("base", f"{info.base_name or 'not named'}, fingerprint {(info.base_fingerprint or 'not recorded')[:16]}"),
+            ("base quantized", quantized if info.base_fingerprint else "not recorded"),
+        ],
+    )
+    return {
+        "kind": "adapter",
+        "r": info.config.r,
+        "alpha": info.config.alpha,
+        "layers": len(info.layers),
+        "parameters": info.parameters,
+        "base": info.base_name,
+        "base_fingerprint": info.base_fingerprint,
+        "quantize": info.quantize,
+    }
+
+
+def _store(path: Path, display: Display) -> dict[str, Any]:
+    with Store.open(path, read_only=True) as store:
+        stats = vars(store.stats())
+    display.table(["", str(path)], [(k.replace("_", " "), v) for k, v in stats.items()])
+    return {"kind": "store", **stats}
+
+
+def _data(path: Path, display: Display, model: str | None) -> dict[str, Any]:
+    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    tok = load_tokenizer(resolve_model(model)) if model else None
+    rows, result = [], {}
+    for file in files:
+        read, skipped = read_rows(file, skip_invalid=True)
+        shapes = Counter(r.kind for r in read)
+        entry: dict[str, Any] = {"rows": len(read), "invalid": len(skipped), "shapes": dict(shapes)}
+        tokens = "-"
+        if tok is not None:
+            examples, _ = tokenize_rows(read, tok, max_tokens=10**9)
+            entry["tokens"] = sum(len(e.ids) for e in examples)
+            entry["trained_tokens"] = sum(sum(e.mask) for e in examples)
+            tokens = f"{entry['tokens']}, {entry['trained_tokens']} trained"
+        rows.append((file.name, len(read), len(skipped), ", ".join(f"{n} {k}" for k, n in shapes.items()), tokens))
+        result[file.name] = entry
+    display.table(["file", "rows", "invalid", "shapes", "tokens"], rows, title=str(path))
+    return {"kind": "data", "files": result}

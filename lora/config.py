@@ -35,11 +35,11 @@ class LoRAConfig:
 
     r:             rank R of the update, >= 1.
     alpha:         numerator of the scale.
-    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base never
-                   sees it.
-    targets:       "all-linear" (every linear layer but the output head), or a list of names, each a whole module
-                   path or its end ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must
-                   match the whole path.
+    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base
+                   never sees it.
+    targets:       "all-linear" (every linear layer but the output head), or a list of names, each a whole
+                   module path or its end ("q_proj", "self_attn.q_proj"), or one string: a regular expression
+                   that must match the whole path.
     num_layers:    only the last this many blocks (`...layers.<i>...`); None means all of the model.
     rslora:        divide alpha by sqrt(R) instead of R.
     exclude:       names or one regular expression, as in `targets`; it wins over `targets`.

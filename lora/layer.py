@@ -2,24 +2,25 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ         LoRA, arXiv:2106.09685, equation 3;  x̃ = dropout(x),  s = alpha / R
 
-The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything that is callable and has `in_features`
-and `out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at
-zero, so that a new adapter changes nothing.
+The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything callable that has `in_features` and
+`out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at zero,
+so that a new adapter changes nothing.
 
 What this file decides, and why:
 
-*Two thin products, never B A.* x̃ Aᵀ and then Bᵀ cost T R (K + N) multiplications; forming B A would cost N R K
-and then a second full layer. The second product is accumulated onto a copy of the base's output, which saves
-one [T, N] tensor and, in bf16, one rounding.
+*Two thin products, never B A.* x̃ Aᵀ and then Bᵀ cost T R (K + N) multiplications; forming B A would cost
+N R K and then a second full layer. The second product is accumulated onto a copy of the base's output, which
+saves one [T, N] tensor and, in bf16, one rounding.
 
 *What is saved for backward.* x (which the base keeps alive anyway), A, B, and h = s x̃ Aᵀ [T, R]: R/K of the
-size of x, a percent or so, and it spares backward one reading of x. The dropout mask is not saved: it is drawn
-again from its seed.
+size of x, a percent or so, and it spares backward one reading of x. The dropout mask is not saved: it is
+drawn again from its seed.
 
-*Precision.* A and B are float32 also over a bf16 or 4-bit base: an optimizer's step is often smaller than half
-a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half
+*Precision.* A and B are float32 also over a bf16 or 4-bit base: an optimizer's step is often smaller than
+half a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half
 precision product of few rows is slower than a float32 one (the call's overhead and the conversions of A and B
-outweigh it), so short inputs are computed in float32; the README has the measurement, `compute_dtype` overrides.
+outweigh it), so short inputs are computed in float32. The README has the measurement; `compute_dtype`
+overrides.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from torch.nn import functional as F
 from .config import check_alpha, check_dropout, check_rank, scaling
 from .errors import AdapterError
 
-# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing is near 150
-# rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower it lies higher.
+# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing lies between
+# 100 and 150 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower it is higher.
 SHORT_INPUT = 128
 
 
@@ -64,7 +65,7 @@ class LoRABranch(torch.autograd.Function):
         seed: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """y0 [..., N], x [..., K], A [R, K], B [N, R] -> y [..., N]; products in `dtype`, mask from p and seed."""
+        """y0 [..., N], x [..., K] -> y [..., N]; products are taken in `dtype`, the mask follows from p and seed."""
         mask, s = _mask(x, p, seed, s)
         h = F.linear(_rows(_dropped(x, mask), dtype), A.to(dtype)).mul_(s)  # [T, R]
         ctx.save_for_backward(x, A, B, h)
@@ -75,7 +76,7 @@ class LoRABranch(torch.autograd.Function):
         return y.to(y0.dtype).view(y0.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Dy [..., N] -> (dy0, dx, dA, dB), each only if asked for."""
         x, A, B, h = ctx.saved_tensors
@@ -105,8 +106,8 @@ def _mask(x: Tensor, p: float, seed: int, s: float) -> tuple[Tensor | None, floa
     """The kept elements (bool, x's shape; None if all are) and s / (1 - p), which makes up for the others.
 
     Each element is decided by 16 random bits, four elements to a 64-bit draw: a quarter of the time of
-    `bernoulli_`, which would cost a CPU more than the layer itself. p is thereby rounded to a multiple of 2^-16,
-    and the scale uses the rounded value, so that E[x̃] = x holds exactly.
+    `bernoulli_`, which would cost a CPU more than the layer itself. p is thereby rounded to a multiple of
+    2^-16, and the scale uses the rounded value, so that E[x̃] = x holds exactly.
     """
     dropped = round(p * 65536)
     if dropped == 0:
@@ -177,8 +178,10 @@ class LoRALinear(nn.Module):
         p = self.dropout if self.training else 0.0
         seed = int(torch.randint(2**63 - 1, ())) if p > 0 else 0
         dtype = self.compute_dtype or _branch_dtype(x)
-        y = LoRABranch.apply(self.base(x), x, self.lora_A, self.lora_B, self.scaling, p, seed, dtype)
-        return y  # type: ignore[no-any-return]
+        y: Tensor = LoRABranch.apply(  # type: ignore[no-untyped-call]
+            self.base(x), x, self.lora_A, self.lora_B, self.scaling, p, seed, dtype
+        )
+        return y
 
     def delta(self) -> Tensor:
         """The update s B A as one float32 (float64 if the parameters are) tensor [N, K]."""
@@ -196,6 +199,11 @@ def is_linear(module: nn.Module) -> bool:
     """Whether `module` can carry LoRA: a linear layer by duck type, and not already an adapted one."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return not isinstance(module, LoRALinear) and all(isinstance(n, int) for n in features)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight encoded: it then has `dequantize(dtype) -> [N, K]`."""
+    return is_linear(module) and callable(getattr(module, "dequantize", None))
 
 
 def feature_counts(module: nn.Module) -> tuple[int, int]:

@@ -13,11 +13,11 @@ p counts from 0. In RoBERTa's family it counts from pad_token_id + 1, and the pa
 contain it, sits at pad_token_id.
 
 **No padding.** The texts of a batch lie end to end in one packed [T, D] tensor, T the sum of their lengths.
-The linear layers, the norms and gelu work on tokens alone and need no more than that. Attention runs on views:
-texts are sorted by length, so equal lengths are neighbours, and G texts of L tokens are one [G, H, L, d].
-There is no mask, nothing is computed in vain, and a text's vector depends on its batch only through rounding in
-the matrix products (largest difference below 1e-6). A batch is filled up to a number of *tokens*, which keeps
-the widest intermediate below the 32 MiB from which glibc maps fresh pages for every allocation.
+The linear layers, the norms and gelu work on tokens alone and need no more than that. Attention runs on
+views: texts are sorted by length, equal lengths are neighbours, and G texts of L tokens are one [G, H, L, d].
+There is no mask, nothing is computed in vain, and a text's vector depends on its batch only through rounding
+in the matrix products (largest difference below 1e-6). A batch is filled up to a number of *tokens*, so that
+the widest intermediate stays below the 32 MiB from which glibc maps fresh pages for every allocation.
 
 Left out: gradients (`encode` only), the pooler, relative positions, other families of encoders. A file that
 asks for what is left out is refused by name. The text of a special token inside a document ("[SEP]") becomes
@@ -57,7 +57,7 @@ _FAMILIES = {
 }  # positions start after pad?
 _ACTIVATIONS: dict[str, str] = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
-_WIDEST_BYTES = 24 << 20  # of the feed-forward intermediate: 4096 tokens of MiniLM's 1536 floats
+_WIDEST_BYTES = 16 << 20  # of the feed-forward intermediate: 2730 tokens of MiniLM's 1536 floats
 _TOKENIZE_AT_ONCE = (
     1024  # texts; what the tokenizer returns weighs 100 bytes a token until its ids are copied
 )
@@ -155,7 +155,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
         """[T, D] -> [T, D]; groups as in `Encoder.forward`."""
         x = self.attention_norm(x + self.attention_out(self.attention(self.qkv(x), groups)))
-        return self.output_norm(x + self.down(F.gelu(self.up(x), approximate=self.gelu)))
+        x = self.output_norm(x + self.down(F.gelu(self.up(x), approximate=self.gelu)))
+        return x
 
     def attention(self, qkv: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
         """[T, 3D] -> [T, D], every text attending to itself alone."""
@@ -170,6 +171,14 @@ class EncoderLayer(nn.Module):
             out[rows].view(texts, tokens, self.num_heads, -1).copy_(mixed.transpose(1, 2))
             start = rows.stop
         return out
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    # nn.Embedding(rows, columns) draws random numbers, and that on the meta device imports half of torch's
+    # compiler: a second and more for nothing.
+    empty = torch.empty(rows, columns)
+    table: nn.Embedding = nn.Embedding.from_pretrained(empty)  # type: ignore[no-untyped-call]
+    return table
 
 
 class Encoder(nn.Module):
@@ -205,9 +214,9 @@ class Encoder(nn.Module):
         self._untruncated = tokenizer
         self._truncated = RawTokenizer.from_str(tokenizer.to_str())
         self._truncated.enable_truncation(max_tokens)
-        self.word = nn.Embedding(config.vocab_size, d)
-        self.position = nn.Embedding(config.max_positions, d)
-        self.token_type = nn.Embedding(config.type_vocab_size, d)
+        self.word = _table(config.vocab_size, d)
+        self.position = _table(config.max_positions, d)
+        self.token_type = _table(config.type_vocab_size, d)
         self.embedding_norm = nn.LayerNorm(d, eps=config.norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
@@ -240,7 +249,7 @@ class Encoder(nn.Module):
 
         prompt_name:       which of `prompts` to put before every text; None means `default_prompt`.
         prompt:            text to put there instead; "" for none at all.
-        max_batch_tokens:  tokens computed at once; None keeps the widest intermediate below 24 MiB.
+        max_batch_tokens:  tokens computed at once; None keeps the widest intermediate below 16 MiB.
         progress:          called with (texts done, texts in all) after every batch.
         Raises TokenizerError: a text is not valid Unicode, or the prompt leaves it no room.
         Raises ConfigError: there is no prompt of that name.
@@ -287,7 +296,8 @@ class Encoder(nn.Module):
         if first == 0:
             return np.arange(len(ids))
         real = ids != first - 1
-        return np.cumsum(real) * real + (first - 1)
+        positions: npt.NDArray[np.int64] = np.cumsum(real) * real + (first - 1)
+        return positions
 
     def tokenize(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """The token ids of every text, special tokens included, cut to `max_tokens`.
@@ -307,7 +317,7 @@ class Encoder(nn.Module):
         return ids
 
     @overload
-    def count_tokens(self, texts: str) -> int: ...
+    def count_tokens(self, texts: str) -> int: ...  # type: ignore[overload-overlap]  # a str is a Sequence[str]
     @overload
     def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
     def count_tokens(self, texts: str | Sequence[str]) -> int | list[int]:
@@ -504,8 +514,8 @@ def _checked(texts: Sequence[str]) -> Sequence[str]:
             text.encode()
         except UnicodeEncodeError as fault:
             raise TokenizerError(
-                f"text {i}: character {fault.start} is {text[fault.start]!r}, half of a surrogate pair and no "
-                "text: clean it, e.g. text.encode('utf-8', 'replace').decode()"
+                f"text {i}: character {fault.start} is {text[fault.start]!r}, half of a surrogate pair: "
+                "clean it, e.g. text.encode('utf-8', 'replace').decode()"
             ) from None
     return texts
 

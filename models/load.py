@@ -57,14 +57,15 @@ def load_model(
     for name in parameters:
         if name == "lm_head.weight" and not head:
             continue
-        tensor = _read(checkpoint, name, dtype, check_finite=check_finite)
+        tensor = _read(checkpoint, name, check_finite=check_finite)
         if quantize is not None and name in linears:
+            # From the stored values, not from a copy rounded to the compute dtype.
             path = name.removesuffix(".weight")
             bias = model.get_submodule(path).bias
             q = quantize_tensor(tensor, kind=quantize, block_size=block_size, double_quant=double_quant)
             _put_module(model, path, QuantizedLinear.from_quantized(q, bias=bias))
         else:
-            _put_parameter(model, name, tensor)
+            _put_parameter(model, name, tensor.to(dtype))
     if not head:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint = checkpoint.fingerprint()
@@ -117,7 +118,7 @@ def _some(names: list[str], *, most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, check_finite: bool) -> Tensor:
+def _read(checkpoint: Checkpoint, name: str, *, check_finite: bool) -> Tensor:
     tensor = checkpoint.read(name)
     if not tensor.is_floating_point():
         raise WeightsError(
@@ -130,7 +131,7 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, *, check_finite
             f"{checkpoint.file(name)}: {name} holds {bad} NaN or infinite values of {tensor.numel()}: "
             "the checkpoint is damaged"
         )
-    return tensor.to(dtype)
+    return tensor
 
 
 def _put_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

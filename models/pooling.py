@@ -27,6 +27,7 @@ truncation (`truncate_dim`). Each is refused by name: a vector that skips one is
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Pooling:
             return kept.mean(1)
         size = kept.shape[1]
         if mode == "mean_sqrt_len_tokens":
-            return kept.sum(1) / size**0.5
+            return kept.sum(1) / math.sqrt(size)
         assert mode == "weightedmean", mode
         # A token keeps the weight of its place in the whole text when a prompt before it is left out.
         weights = torch.arange(tokens - size + 1, tokens + 1, dtype=kept.dtype, device=kept.device)  # [S]

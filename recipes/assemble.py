@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..lora import load_adapter, read_adapter_info
+from ..lora import load_adapter, adapter_info
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
 from .errors import UsageError
 from .pull import resolve_model
@@ -36,7 +36,7 @@ def assemble(
     Raises the errors of the rooms: ModelError, AdapterError, RecipeError.
     """
     folder = resolve_model(name)
-    info = read_adapter_info(adapter_path) if adapter_path else None
+    info = adapter_info(adapter_path) if adapter_path else None
     options: dict[str, object] = {}
     if quantize is None and info is not None and info.quantize:
         quantize = info.quantize["kind"]

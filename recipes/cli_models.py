@@ -59,11 +59,9 @@ def run_fuse(args: argparse.Namespace, display: Display) -> int:
     report = fuse(it, target, dtype=DTYPES[args.save_dtype])
     saved = sum(p.stat().st_size for p in target.iterdir())
     against = f"decoded {it.quantize} weights" if it.quantize else "dense weights"
-    display.say(
-        f"{target}: {report['layers']} layers merged onto their {against}, largest change of a weight "
-        f"{report['largest_change']:.4g}; {size(saved)}"
-    )
-    display.result({"save_path": str(target), "quantize": it.quantize, **report})
+    display.say(report)
+    display.say(f"{target}: {size(saved)}, merged onto the {against}")
+    display.result({"save_path": str(target), "quantize": it.quantize, "layers": [vars(x) for x in report.layers]})
     return 0
 
 

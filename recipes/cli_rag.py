@@ -94,7 +94,7 @@ def index(args: argparse.Namespace, display: Display) -> int:
             "is not searched, though it is shown to the model",
             style="yellow",
         )
-    for path, reason in read.errors.items():
+    for path, reason in read.failures:
         display.say(f"left out {path}: {reason}", style="yellow")
     if not read.documents:
         raise UsageError(f"{' '.join(args.files)}: no document could be read")
@@ -108,8 +108,8 @@ def index(args: argparse.Namespace, display: Display) -> int:
         f"now {stats.documents} documents, {stats.chunks} chunks, {size(stats.bytes)}"
     )
     display.result({"store": args.store, **vars(report), "documents": stats.documents, "chunks": stats.chunks,
-                    "left_out": {str(k): v for k, v in read.errors.items()}})  # fmt: skip
-    return 1 if read.errors else 0
+                    "left_out": dict(read.failures)})  # fmt: skip
+    return 1 if read.failures else 0
 
 
 def search(args: argparse.Namespace, display: Display) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 from ..lora import LoRAConfig
 from .assemble import Assembled, assemble
 from .checkpoint import checkpoints
-from .data import Example, read_rows, show_mask, tokenize_rows
+from .data import Example, read_rows, tokenize_rows
 from .display import Display
 from .errors import TrainingError, UsageError
 from .memory import reuse_freed_memory
+from .show_mask import show_mask
 from .trainer import TrainSettings, mean_loss, perplexity
 from .training_run import TrainingRun
 
@@ -103,11 +104,18 @@ def train(args: argparse.Namespace, display: Display) -> int:
     if args.show_mask:
         display.console.print(show_mask(examples[0], base.tok))
         return 0
-    run = TrainingRun(base, examples, valid, lora=lora, settings=settings, out=out, name=args.model)
-    return run.go(
-        display, newest=newest, report=args.steps_per_report, evaluate=args.steps_per_eval, save=args.save_every,
+    run = TrainingRun(
+        base, examples, valid, lora=lora, settings=settings, out=out, name=args.model, resume_from=newest
+    )
+    status = run.go(
+        display,
+        report=args.steps_per_report,
+        evaluate=args.steps_per_eval,
+        save=args.save_every,
         keep=max(1, args.keep),
-    )  # fmt: skip
+    )
+    display.result(run.result)
+    return status
 
 
 def _starting_point(out: Path, *, resume: bool, overwrite: bool) -> Path | None:

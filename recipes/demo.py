@@ -8,8 +8,6 @@ as it was before is asked with and without documents. Every number shown is meas
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import shutil
 import time
 from importlib.resources import as_file, files
@@ -88,7 +86,7 @@ def _fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:
     display.heading("2. The model in 4 bits, before any training")
     it = assemble(MODEL, quantize="nf4")
     layers = [m for m in it.model.modules() if isinstance(m, QuantizedLinear)]
-    packed = sum(m.weight_nbytes for m in layers)
+    packed = sum(m.quantized.nbytes for m in layers)
     bits = 8 * packed / sum(m.in_features * m.out_features for m in layers)
     display.say(f"{len(layers)} projections in NF4 with double quantization: {bits:.3f} bits a weight, {size(packed)}")
     before, _ = _ask(it, WHO, display)
@@ -97,11 +95,7 @@ def _fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:
     display.heading("3. QLoRA on twelve rows")
     train, valid = (tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], it.tok, max_tokens=512)[0] for n in ("train", "valid"))
     run = TrainingRun(it, train, valid, lora=LORA, settings=SETTINGS, out=out / "adapter", name=MODEL)
-    quiet = Display(as_json=True)
-    quiet.console = display.console
-    with contextlib.redirect_stdout(io.StringIO()):  # the run's own result belongs into the demo's
-        status = run.go(quiet, report=10, evaluate=20, save=0, keep=1)
-    if status:
+    if run.go(display, report=10, evaluate=20, save=0, keep=1):
         raise KeyboardInterrupt
     it.model.eval()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..kernels import nf4
-from ..lora import read_adapter_info
+from ..lora import adapter_info
 from ..models import Checkpoint, decoder_config, load_model, load_tokenizer, read_config
 from ..models.config import FAMILIES
 from ..quant import QuantizedLinear
@@ -90,7 +90,7 @@ def _quantized(folder: Path, kind: str) -> dict[str, Any]:
     model = load_model(folder, quantize=kind, dtype=torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     parameters = sum(m.in_features * m.out_features for m in layers)
-    packed = sum(m.weight_nbytes for m in layers)
+    packed = sum(m.quantized.nbytes for m in layers)
     return {
         "quantized_parameters": parameters,
         "quantized_bytes": packed,
@@ -100,7 +100,7 @@ def _quantized(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _adapter(path: Path, display: Display) -> dict[str, Any]:
-    info = read_adapter_info(path)
+    info = adapter_info(path)
     quantized = "not recorded" if info.quantize is None else ", ".join(f"{k}={v}" for k, v in info.quantize.items())
     display.table(
         ["", str(path)],

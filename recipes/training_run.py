@@ -44,11 +44,11 @@ class TrainingRun:
         settings: TrainSettings,
         out: Path,
         name: str,
+        resume_from: Path | None = None,
     ) -> None:
         self.base, self.valid, self.out, self.name, self.settings = base, valid, out, name, settings
-        self.lora = lora
-        self.adapted = attach(base.model, lora, seed=settings.seed)
-        self.trainer = Trainer(base.model, examples, settings)
+        self.first_valid_loss: float | None = None
+        self.result: dict[str, Any] = {}
         self.recorded = {
             **vars(settings),
             "lora": {k: v for k, v in vars(lora).items() if v not in ({}, ())},
@@ -56,23 +56,34 @@ class TrainingRun:
             "base": base.model.fingerprint,
             "examples": len(examples),
         }
+        self.recorded = json.loads(json.dumps(self.recorded))  # as it will be read back: tuples become lists
+        step = 0 if resume_from is None else read_state(resume_from, settings=self.recorded)
+        if resume_from is None:
+            self.adapted = attach(base.model, lora, seed=settings.seed)
+        else:
+            info = load_adapter(base.model, resume_from, base_fingerprint=base.model.fingerprint, trainable=True)
+            self.adapted = list(info.layers)
+        self.trainer = Trainer(base.model, examples, settings)
+        if resume_from is not None:
+            restore_optimizer(self.trainer, resume_from, step=step)
 
-    def go(
-        self, display: Display, *, newest: Path | None = None, report: int, evaluate: int, save: int, keep: int
-    ) -> int:
-        """Trains to the end, or until interrupted; returns the exit status."""
+    def go(self, display: Display, *, report: int, evaluate: int, save: int, keep: int) -> int:
+        """Trains to the end, or until interrupted; returns the exit status.
+
+        report, evaluate, save: steps between printed lines, validations and checkpoints; 0 for none.
+        keep: newest checkpoints kept.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        if newest is not None:
-            self._resume(newest, display)
-        elif self.out.exists():
-            _forget_checkpoints(self.out)
+        if not self.trainer.step:
+            for old in checkpoints(self.out):
+                shutil.rmtree(old)
         trainer, valid_loss = self.trainer, None
         self._introduce(display)
         log = MetricsLog(self.out / "metrics.jsonl", resume_at=trainer.step)
         began, first, last = time.perf_counter(), trainer.step, None
         with _stop_signals() as stopped, _bar(display, self.settings.iters, trainer.step) as advance:
             if not trainer.step:
-                valid_loss = self._validate(log, display)
+                valid_loss = self.first_valid_loss = self._validate(log, display)
             while trainer.step < self.settings.iters and not stopped:
                 last = trainer.take_step()
                 log.add("train", **_record(last))
@@ -105,7 +116,6 @@ class TrainingRun:
             "peak_memory_bytes": None if last is None else last.peak_memory_bytes,
         }
         display.say(f"adapter in {self.out}, losses in {self.out / 'loss.png'}")
-        display.result(result)
         self.result = result
         return 0
 
@@ -119,17 +129,13 @@ class TrainingRun:
             quantize=None if self.base.quantize is None else {"kind": self.base.quantize},
         )
 
-    def _resume(self, newest: Path, display: Display) -> None:
-        step = read_state(newest, settings=json.loads(json.dumps(self.recorded)))
-        load_adapter(self.base.model, newest, base_fingerprint=self.base.model.fingerprint)
-        restore_optimizer(self.trainer, newest, step=step)
-        display.say(f"resuming after step {step} from {newest}")
-
     def _introduce(self, display: Display) -> None:
         model = self.base.model
         trainable = sum(p.numel() for _, p in trainable_parameters(model))
         total = parameter_count(model)
         held = f"{self.base.quantize} base" if self.base.quantize else "dense base"
+        if self.trainer.step:
+            display.say(f"going on after step {self.trainer.step}")
         display.say(
             f"{held}, {len(self.adapted)} layers adapted: {count(trainable)} of {count(total)} parameters trainable "
             f"({100 * trainable / total:.2f} %)"
@@ -166,11 +172,6 @@ def parameter_count(model: Any) -> int:
         m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)
     )
     return packed + sum(p.numel() for p in model.parameters())
-
-
-def _forget_checkpoints(out: Path) -> None:
-    for old in checkpoints(out):
-        shutil.rmtree(old)
 
 
 def _record(report: StepReport) -> dict[str, Any]:

@@ -111,21 +111,20 @@ class HnswIndex:
             self._index.mark_deleted(int(label))
         self._dead = dead
 
-    def candidates(self, query: Float32, k: int) -> tuple[Int64, Float32]:
-        """(ids, unit vectors) of about the k + 16 nearest live chunks. query: unit float32 [D].
+    def candidates(self, query: Float32, k: int) -> Int64:
+        """Ids of about the k + 16 nearest live chunks. query: unit float32 [D].
 
         Raises UnusableIndexError: the graph has lost touch with some live points.
         """
         fetch = min(self.live, k + _MARGIN)
         if fetch == 0:
-            return self.ids[:0], np.empty((0, self._index.dim), np.float32)
+            return self.ids[:0]
         self._index.set_ef(max(self._config.ef, fetch))
         try:
             labels, _ = self._index.knn_query(query[None, :], k=fetch, num_threads=1)
-            rows = self._index.get_items(labels[0], return_type="numpy")
         except RuntimeError as error:
             raise UnusableIndexError(f"hnswlib: {error}") from error
-        return labels[0].astype(np.int64), rows
+        return np.asarray(labels[0], dtype=np.int64)
 
     def save(self, folder: Path) -> str:
         """Publish the file and its manifest; the SHA-256 returned is for the database to remember.

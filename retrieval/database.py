@@ -39,6 +39,17 @@ _TABLES = {"meta", "documents", "chunks", "vectors"}
 _RESTORE = "restore it from a copy, or index the documents again into another folder"
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a database file.
+
+    Raises StoreError: the folder cannot be looked into.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}: check its permissions") from error
+
+
 def check_nothing_lost(path: Path, *leftovers: str) -> None:
     """Refuse to make an empty database where, by what else is in the folder, a full one has been.
 
@@ -84,7 +95,7 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
         _check_header(path)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check its permissions") from error
-    immutable = read_only and not os.access(path.parent, os.W_OK) and not _wal(path).exists()
+    immutable = read_only and not os.access(path.parent, os.W_OK) and not _wal_size(path)
     mode = "mode=ro&immutable=1" if immutable else "mode=ro" if read_only else "mode=rw"
     with translated_errors(path):
         # Autocommit: transactions are begun explicitly. A reader may have to wait while another recovers the
@@ -107,7 +118,7 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
 def signature(path: Path) -> tuple[int, ...]:
     """Changes when the database file, or its WAL, is written or replaced."""
     status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns, int(_wal(path).exists())
+    return status.st_ino, status.st_size, status.st_mtime_ns, _wal_size(path)
 
 
 @contextmanager
@@ -165,7 +176,7 @@ def _check_header(path: Path) -> None:
     page_size = int.from_bytes(header[16:18], "big")
     pages = int.from_bytes(header[28:32], "big")
     wanted = pages * (65536 if page_size == 1 else page_size)
-    if header[24:28] == header[92:96] and size < wanted and not _wal(path).exists():
+    if header[24:28] == header[92:96] and size < wanted and not _wal_size(path):
         raise CorruptStoreError(f"{path}: cut short, {size} bytes of {wanted}: {_RESTORE}")
 
 
@@ -193,3 +204,9 @@ def _check_contents(path: Path, connection: sqlite3.Connection) -> dict[str, str
 
 def _wal(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
+
+
+def _wal_size(path: Path) -> int:
+    """0 if there is none; a reader leaves an empty one behind."""
+    wal = _wal(path)
+    return wal.stat().st_size if wal.exists() else 0

@@ -1,13 +1,12 @@
-"""Find the k nearest chunks: exactly for small stores, through HNSW for large ones, with the same scores
-either way.
+"""Find the k nearest chunks: exactly in small stores, through HNSW in large ones, with the same scores.
 
     n <  exact_below     Block: all unit vectors in memory, one matrix-vector product.
     n >= exact_below     HnswIndex for what it was built from, minus what was deleted since,
                          plus a Block for the tail: chunks that were added since.
 
-Both give *candidates*; `rank` scores them in float64, so a hit has the same score on both paths, and the
-paths can differ only in which hits HNSW missed. A reader that finds no usable index searches exactly: slower,
-never wrong.
+Both give *candidates*; `rank` scores them in float64 with the vectors of the database, so a hit has the same
+score on both paths, and the paths can differ only in which hits HNSW missed. A reader that finds no usable
+index searches exactly: slower, never wrong.
 
 What is in memory is kept between searches and follows the database's change_seq.
 """
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ann import HnswConfig, HnswIndex, UnusableIndexError, load_index, remove_other_indexes
-from .vectors import Block, rank, read_vectors
+from .vectors import Block, rank, read_chosen, read_vectors
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +58,14 @@ class Searcher:
         query32 = query.astype(np.float32)
         if self._index is not None:
             try:
-                ids, rows = self._index.candidates(query32, k)
+                nearest = self._index.candidates(query32, k)
             except UnusableIndexError as error:
                 log.warning("%s: searching exactly from now on: %s", self._folder, error)
                 self._unreachable = True
                 self._use_block()
                 self._block.refresh(connection)
                 return self.top_k(connection, query, k)
+            ids, rows = read_chosen(connection, nearest, dim=self._dim)
             tail_ids, tail_rows = self._block.candidates(query32, k)
             return rank(np.concatenate([ids, tail_ids]), np.concatenate([rows, tail_rows]), query, k)
         return rank(*self._block.candidates(query32, k), query, k)

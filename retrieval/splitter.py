@@ -127,25 +127,38 @@ def _units(text: str, size: int, count_tokens: TokenCounter) -> tuple[list[Span]
     """Spans without outer white space, in order, each of <= size tokens, and their token counts."""
     spans = _cut(text, (0, len(text)), _SENTENCE_END)
     costs = _count_spans(text, spans, size, count_tokens)
-
-    def refine(cut: Callable[[Span], list[Span]]) -> None:
-        """Replace every span that is too long by its pieces; only these are counted."""
-        pieces = [cut(span) if cost > size else [span] for span, cost in zip(spans, costs, strict=True)]
-        new = [piece for piece, cost in zip(pieces, costs, strict=True) if cost > size]
-        counted = iter(_count_spans(text, [span for piece in new for span in piece], size, count_tokens))
-        costs[:] = [
-            next(counted) if cost > size else cost
-            for piece, cost in zip(pieces, costs, strict=True)
-            for _ in piece
-        ]
-        spans[:] = [span for piece in pieces for span in piece]
-
-    refine(lambda span: _cut(text, span, _LINE_END))
-    refine(lambda span: _cut(text, span, _WORD_END))
-    refine(_cut_word)
-    while any(cost > size and end - start > 1 for cost, (start, end) in zip(costs, spans, strict=True)):
-        refine(_halve)  # at most 6 rounds: no piece has more than 64 characters by now
+    steps: list[Callable[[Span], list[Span]]] = [
+        lambda span: _cut(text, span, _LINE_END),
+        lambda span: _cut(text, span, _WORD_END),
+        _cut_word,
+        *[_halve] * 6,  # _cut_word leaves at most 64 = 2^6 characters
+    ]
+    for cut in steps:
+        spans, costs = _refine(text, spans, costs, cut, size, count_tokens)
     return spans, costs
+
+
+def _refine(
+    text: str,
+    spans: list[Span],
+    costs: list[int],
+    cut: Callable[[Span], list[Span]],
+    size: int,
+    count_tokens: TokenCounter,
+) -> tuple[list[Span], list[int]]:
+    """Replace every span that is too long by its pieces; only these are counted."""
+    pieces = [cut(span) for span, cost in zip(spans, costs, strict=True) if cost > size]
+    if not pieces:
+        return spans, costs
+    counts = iter(_count_spans(text, [span for cuts in pieces for span in cuts], size, count_tokens))
+    replacements = iter(pieces)
+    new_spans: list[Span] = []
+    new_costs: list[int] = []
+    for span, cost in zip(spans, costs, strict=True):
+        replacement = next(replacements) if cost > size else [span]
+        new_spans += replacement
+        new_costs += [next(counts) for _ in replacement] if cost > size else [cost]
+    return new_spans, new_costs
 
 
 def _cut(text: str, span: Span, boundary: re.Pattern[str]) -> list[Span]:

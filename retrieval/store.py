@@ -31,6 +31,7 @@ from .ann import MANIFEST, HnswConfig
 from .database import (
     check_nothing_lost,
     create_database,
+    exists,
     open_database,
     record_change,
     signature,
@@ -125,7 +126,7 @@ class Store:
         file = folder / DATABASE
         lock = None if read_only else WriterLock(folder)
         try:
-            if not file.exists():
+            if not exists(file):
                 check_nothing_lost(file, MANIFEST)
                 if read_only:
                     raise StoreNotFoundError(f"{file}: no store here: index some documents into it first")

@@ -27,3 +27,59 @@ def minilm_dir() -> Path:
     from qlorag.recipes.pull import pull
 
     return pull("minilm-l6", progress=False)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of 3 layers with a byte-level tokenizer and ChatML: whole, and loaded in milliseconds."""
+    import json
+
+    import torch
+    from qlorag.models import Decoder, decoder_config
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(specials + alphabet)}, []))
+    tokenizer.add_special_tokens([AddedToken(s, special=True) for s in specials])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    raw = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML,
+             "tokenizer_class": "PreTrainedTokenizerFast"}
+        )
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = Decoder(decoder_config(raw))
+    weights = {n: p.detach() * (1 if "norm" in n else 0.5) for n, p in model.named_parameters() if n != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

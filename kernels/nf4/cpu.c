@@ -62,7 +62,7 @@ static inline int64_t length_of(const dequantize_args *a, int64_t block) {
     return left < a->block_size ? left : a->block_size;
 }
 
-/* ---- rounding float32 to 16 bits, to nearest even ---------------------------------------------------------- */
+/* Rounding float32 to 16 bits, to nearest even. */
 
 static inline uint32_t bits_of(float x) {
     uint32_t u;
@@ -87,7 +87,7 @@ static inline uint16_t to_float16(float x) {
     return (uint16_t)(sign | (bits_of(value + 0.5f) - 0x3f000000));
 }
 
-/* ---- scalar ------------------------------------------------------------------------------------------------ */
+/* Scalar. */
 
 static void lookup_32(const uint8_t *packed, const float *lut, float *out, int64_t n) {
     for (int64_t i = 0; i < n / 2; i++) {
@@ -130,7 +130,7 @@ static void blocks_16_scalar(const dequantize_args *a, int64_t first, int64_t la
 
 #ifdef X86
 
-/* ---- AVX2 -------------------------------------------------------------------------------------------------- */
+/* AVX2. */
 
 #define TARGET_AVX2 __attribute__((target("avx2,f16c")))
 
@@ -216,7 +216,7 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
     }
 }
 
-/* ---- AVX-512 (F, BW, VL, DQ) -------------------------------------------------------------------------------- */
+/* AVX-512 (F, BW, VL, DQ). */
 
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 
@@ -283,7 +283,7 @@ TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t fir
 
 #endif /* X86 */
 
-/* ---- entry points ------------------------------------------------------------------------------------------ */
+/* Entry points. */
 
 /* The highest level this processor (and its operating system) can run. */
 int32_t qlorag_nf4_best_level(void) {

@@ -188,8 +188,14 @@ def test_a_tied_config_with_two_different_matrices_keeps_both(tmp_path: Path) ->
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported, only llama, mistral, qwen2, qwen3"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not implemented"),
-        ({"num_attention_heads": 12}, "self_attn.k_proj.weight has shape [16, 48], config.json makes it [8, 48]"),
-        ({"num_key_value_heads": 3}, "self_attn.k_proj.weight has shape [16, 48], config.json makes it [24, 48]"),
+        (
+            {"num_attention_heads": 12},
+            "self_attn.k_proj.weight has shape [16, 48], config.json makes it [8, 48]",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "self_attn.k_proj.weight has shape [16, 48], config.json makes it [24, 48]",
+        ),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
         ({"vocab_size": 99}, "embed_tokens.weight has shape [101, 48], config.json makes it [99, 48]"),
         ({"num_hidden_layers": 4}, "missing model.layers.3."),
@@ -240,7 +246,8 @@ def test_check_finite_names_the_tensor(tmp_path: Path) -> None:
 
 
 TEXT = " ".join(
-    f"On day {i} the ship had sailed {i * 37} miles, and nobody aboard had seen a gull; the cook said so." for i in range(20)
+    f"On day {i} the ship had sailed {i * 37} miles, and nobody aboard had seen a gull; the cook said so."
+    for i in range(20)
 )
 
 

@@ -32,7 +32,10 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "0 bytes long"),
     "seven bytes": (b"\0" * 7, "7 bytes long"),
     "header of length 0": (container(b""), "not JSON"),
-    "header longer than the file": (container(GOOD, b"\0" * 8, length=1000), "header of 1000 bytes in a file of"),
+    "header longer than the file": (
+        container(GOOD, b"\0" * 8, length=1000),
+        "header of 1000 bytes in a file of",
+    ),
     "header above the cap": (container(GOOD, b"\0" * 8, length=100_000_001), "the format allows 100000000"),
     "header of 2^63 bytes": (container(GOOD, length=2**63), "the format allows"),
     "not UTF-8": (container(b'{"\xff": 1}'), "not JSON"),
@@ -41,25 +44,39 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "NaN": (container(b'{"a": NaN}'), "NaN is not JSON"),
     "deep nesting": (container(b"[" * 100_000), "not JSON"),
     "key twice": (
-        container(b'{"a":%b,"a":%b}' % (json.dumps(tensor()).encode(), json.dumps(tensor()).encode()), b"\0" * 8),
+        container(
+            b'{"a":%b,"a":%b}' % (json.dumps(tensor()).encode(), json.dumps(tensor()).encode()), b"\0" * 8
+        ),
         "a key appears twice",
     ),
     "trailing byte": (container(GOOD, b"\0" * 9), "tensors end at byte"),
     "data cut short": (container(GOOD, b"\0" * 7), "tensors end at byte"),
     "hole at the start": (container({"a": tensor(begin=4, end=12)}, b"\0" * 12), "hole or overlap at 0"),
-    "hole": (container({"a": tensor(), "b": tensor(begin=12, end=20)}, b"\0" * 20), "b: data_offsets [12, 20]"),
-    "overlap": (container({"a": tensor(), "b": tensor(begin=4, end=12)}, b"\0" * 12), "b: data_offsets [4, 12]"),
+    "hole": (
+        container({"a": tensor(), "b": tensor(begin=12, end=20)}, b"\0" * 20),
+        "b: data_offsets [12, 20]",
+    ),
+    "overlap": (
+        container({"a": tensor(), "b": tensor(begin=4, end=12)}, b"\0" * 12),
+        "b: data_offsets [4, 12]",
+    ),
     "end before begin": (container({"a": tensor(begin=8, end=0)}, b"\0" * 8), "a: data_offsets [8, 0]"),
     "shape too small": (container({"a": tensor(shape=(1,))}, b"\0" * 8), "a: F32 [1] does not fill"),
     "shape overflows": (container({"a": tensor(shape=(2**33, 2**33))}, b"\0" * 8), "does not fill"),
     "negative size": (container({"a": tensor(shape=(-2,))}, b"\0" * 8), "number -2 is not a 64-bit size"),
     "size of 30 digits": (container({"a": tensor(shape=(10**30,))}, b"\0" * 8), "not a 64-bit size"),
     "fractional size": (container({"a": tensor(shape=(2.0,))}, b"\0" * 8), "shape must be a list of sizes"),
-    "boolean size": (container({"a": tensor(shape=(True,), end=4)}, b"\0" * 4), "shape must be a list of sizes"),
+    "boolean size": (
+        container({"a": tensor(shape=(True,), end=4)}, b"\0" * 4),
+        "shape must be a list of sizes",
+    ),
     "shape is null": (container({"a": {**tensor(), "shape": None}}, b"\0" * 8), "shape must be a list"),
     "three offsets": (container({"a": {**tensor(), "data_offsets": [0, 8, 8]}}, b"\0" * 8), "two numbers"),
     "unknown dtype": (container({"a": tensor("F33")}, b"\0" * 8), "dtype 'F33' is unknown"),
-    "no dtype": (container({"a": {"shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8), "wanted an object with dtype"),
+    "no dtype": (
+        container({"a": {"shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8),
+        "wanted an object with dtype",
+    ),
     "entry is a number": (container({"a": 3}, b"\0" * 8), "a: wanted an object"),
     "metadata holds a number": (container({"__metadata__": {"k": 1}}), "__metadata__ must map strings"),
     "half a byte": (container({"a": tensor("F4", (3,), 0, 1)}, b"\0"), "does not fill"),
@@ -93,7 +110,11 @@ def test_mutated_files_get_the_official_verdict(tmp_path: Path) -> None:
     """10,000 files with a few header bytes changed: refused or accepted exactly as the official reader does."""
     rng = random.Random(5)
     path = tmp_path / "m.safetensors"
-    header = {"__metadata__": {"format": "pt"}, "w": tensor("BF16", (3, 2), 0, 12), "b": tensor("F32", (1,), 12, 16)}
+    header = {
+        "__metadata__": {"format": "pt"},
+        "w": tensor("BF16", (3, 2), 0, 12),
+        "b": tensor("F32", (1,), 12, 16),
+    }
     good = container(json.dumps(header).encode().ljust(240), bytes(range(16)))
     alphabet = b'0123456789[]{},:"-. \x00\xffeEabFU\\n'
     accepted = 0
@@ -127,14 +148,20 @@ def test_mutated_files_get_the_official_verdict(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [d for d in TORCH_DTYPES.values()], ids=str)
 def test_tensors_are_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (7 * 5 * dtype.itemsize,), dtype=torch.uint8)
-    tensors = {"x": raw.view(dtype).view(7, 5), "empty": torch.empty(0, 4, dtype=dtype), "scalar": raw.view(dtype)[0].clone()}
+    tensors = {
+        "x": raw.view(dtype).view(7, 5),
+        "empty": torch.empty(0, 4, dtype=dtype),
+        "scalar": raw.view(dtype)[0].clone(),
+    }
     save_file(tensors, tmp_path / "t.safetensors", metadata={"who": "me"})
     file = SafetensorsFile(tmp_path / "t.safetensors")
     assert file.metadata == {"who": "me"}
     for name, wanted in tensors.items():
         got = file.read(name)
         assert got.dtype == dtype and got.shape == wanted.shape
-        assert torch.equal(got.reshape(-1).view(torch.uint8), wanted.contiguous().reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            got.reshape(-1).view(torch.uint8), wanted.contiguous().reshape(-1).view(torch.uint8)
+        )
 
 
 def test_a_file_that_shrinks_while_open_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
@@ -172,7 +199,9 @@ def shards(folder: Path) -> dict[str, Any]:
 def test_shards_read_as_one(tmp_path: Path) -> None:
     shards(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    assert checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3,) and checkpoint.dtype("b") == "F32"
+    assert (
+        checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3,) and checkpoint.dtype("b") == "F32"
+    )
     assert checkpoint.read("a").tolist() == [1, 1]
     single = tmp_path / "single"
     single.mkdir()
@@ -194,7 +223,9 @@ def test_a_shard_outside_the_folder_is_refused(shard: object, tmp_path: Path) ->
 def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
     index = shards(tmp_path)
     path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": {**index["weight_map"], "c": "model-00001-of-00002.safetensors"}}))
+    path.write_text(
+        json.dumps({"weight_map": {**index["weight_map"], "c": "model-00001-of-00002.safetensors"}})
+    )
     with pytest.raises(WeightsError, match="c is said to be in model-00001"):
         Checkpoint(tmp_path)
     path.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
@@ -211,7 +242,9 @@ def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_pickle_only(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin, a pickle, which is never opened.*convert it"):
+    with pytest.raises(
+        WeightsError, match=r"pytorch_model\.bin, a pickle, which is never opened.*convert it"
+    ):
         Checkpoint(tmp_path)
     with pytest.raises(WeightsError, match=r"no model\.safetensors"):
         Checkpoint(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""A deterministic embedder without a model: words hashed into 64 counters, so that shared words mean nearness."""
+"""A deterministic embedder without a model: words hashed into 64 counters, shared words mean nearness."""
 
 from __future__ import annotations
 

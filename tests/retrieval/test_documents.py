@@ -57,7 +57,7 @@ def test_a_fifo_neither_hangs_nor_is_read(tmp_path):
     assert report.documents == [] and "not a regular file" in report.failures[0][1]
     with pytest.raises(DocumentError, match=r"pipe\.txt: not a regular file"):
         read_document(tmp_path / "pipe.txt")
-    with pytest.raises(DocumentError, match="not a regular file|directory"):
+    with pytest.raises(DocumentError, match=r"not a regular file|directory"):
         read_document(tmp_path)
 
 
@@ -116,5 +116,5 @@ def test_document_hash_and_refusals():
     assert document.sha256 == hashlib.sha256("naïve".encode()).hexdigest()
     with pytest.raises(DocumentError, match="without a uri"):
         Document("", "text")
-    with pytest.raises(DocumentError, match="character 1 .* lone surrogate"):
+    with pytest.raises(DocumentError, match=r"character 1 .* lone surrogate"):
         Document("u", "a\ud800")

@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
-from qlorag.retrieval import Document, HnswConfig, LockedError, Store, StoreError, ann
+from qlorag.retrieval import Document, HnswConfig, LockedError, Store, StoreError, ann, vectors
 
 D = 32
 N = 600
+CHUNKS = {"chunk_size": 1, "chunk_overlap": 0}
 
 
 def clustered(n: int, seed: int) -> np.ndarray:
@@ -32,11 +33,18 @@ def lookup(texts: list[str]) -> np.ndarray:
 
 
 def documents(start: int, stop: int) -> list[Document]:
-    return [Document(f"u{i}", str(i)) for i in range(start, stop)]
+    """Vectors start...stop-1, ten to a document: each of its words becomes a chunk."""
+    return [document(i // 10, range(i, i + 10)) for i in range(start, stop, 10)]
+
+
+def document(name: int, numbers) -> Document:
+    return Document(f"u{name}", " ".join(map(str, numbers)))
 
 
 def open_(path, **options) -> Store:
-    return Store.open(path, **({"embedder": lookup, "embedder_id": "lookup", "exact_below": 1} | options))
+    return Store.open(
+        path, **({"embedder": lookup, "embedder_id": "lookup", "exact_below": 1, **CHUNKS} | options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,14 @@ def exact_answers_with(path):
     return answers(path, exact_below=10**9, hnsw=HnswConfig(M=4, ef_construction=8, ef=1))
 
 
+def test_vectors_are_read_in_batches(copy, monkeypatch):
+    wanted = exact_answers(copy)
+    monkeypatch.setattr(vectors, "_READ_BATCH", 7)
+    assert exact_answers(copy) == wanted
+    os.unlink(index_file(copy))
+    assert recall(answers(copy), wanted) >= 0.99  # built again, from many batches
+
+
 def test_k_of_everything(built):
     hits = answers(built, k=10_000, read_only=True)
     assert all(len(h) == N for h in hits)
@@ -120,7 +136,7 @@ def test_what_was_added_or_deleted_since_counts(copy, caplog):
     """Neither the tail nor the deletions are in the index file; a fifth of each would trigger a new build."""
     with open_(copy) as store:
         store.add(documents(N, N + 50))
-        for i in range(0, 50):
+        for i in range(5):
             store.delete(f"u{i}")
     before = index_file(copy)
     hnsw = answers(copy)
@@ -137,14 +153,14 @@ def test_one_open_store_follows_every_change(copy):
         for step in range(12):
             store.add(documents(N + 20 * step, N + 20 * step + 20))
             alive |= set(range(N + 20 * step, N + 20 * step + 20))
-            for i in random.choice(sorted(alive), 25, replace=False):
-                store.delete(f"u{i}")
-                alive.discard(int(i))
+            for name in random.choice(sorted({i // 10 for i in alive}), 2, replace=False):
+                store.delete(f"u{name}")
+                alive -= set(range(10 * name, 10 * name + 10))
             query = QUERIES[step]
             cosines = VECTORS @ query / np.linalg.norm(VECTORS, axis=1)
             wanted = sorted(alive, key=lambda i: -cosines[i])[:5]
             for one in (store, reader):
-                assert [h.uri for h in one.search_vector(query, k=5)] == [f"u{i}" for i in wanted]
+                assert [h.text for h in one.search_vector(query, k=5)] == [str(i) for i in wanted]
 
 
 def test_a_stale_index_is_built_again(copy):
@@ -160,7 +176,9 @@ def test_churn_keeps_recall(tmp_path):
     """Half replaced, six times over: hnswlib's own slot reuse loses points here; building again does not."""
     with open_(tmp_path / "store") as store:
         for round_ in range(6):
-            store.add([Document(f"u{i}", str((i + 97 * round_) % (2 * N))) for i in range(round_ % 2, N, 2)])
+            first = 970 * round_  # other vectors under the same names
+            names = range(round_ % 2, N // 10, 2)
+            store.add([document(i, [(first + 10 * i + j) % (2 * N) for j in range(10)]) for i in names])
             store.search_vector(QUERIES[0])
         assert recall(answers_of(store), exact_answers(tmp_path / "store")) >= 0.99
 
@@ -243,7 +261,7 @@ def test_another_stores_index_is_never_believed(copy, tmp_path, caplog):
     """Same number, same dimension, same library: only the hash in the database tells them apart."""
     other = tmp_path / "other"
     with Store.open(
-        other, embedder=lambda t: lookup(t)[:, ::-1], embedder_id="other", exact_below=1
+        other, embedder=lambda t: lookup(t)[:, ::-1], embedder_id="other", exact_below=1, **CHUNKS
     ) as store:
         store.add(documents(0, N))
         store.build_index()
@@ -264,7 +282,7 @@ def test_an_index_newer_than_a_restored_database_is_never_believed(copy):
         store.build_index()
     (copy / "store.sqlite3").write_bytes(saved)
     with open_(copy) as store:
-        store.add([Document(f"u{i}", str(2 * N - 1 - (i - N))) for i in range(N, N + 200)])
+        store.add([document(i, range(2 * N - 10 * (i - 59), 2 * N - 10 * (i - 60))) for i in range(60, 80)])
     assert recall(answers(copy), exact_answers(copy)) >= 0.99
 
 
@@ -313,7 +331,7 @@ def test_below_the_threshold_no_index_is_made(tmp_path):
         store.add(documents(0, N))
         store.search_vector(QUERIES[0])
         assert not any(name.endswith(".hnsw") for name in os.listdir(tmp_path / "store"))
-        store.add(documents(N, N + 1))
+        store.add([document(60, [N])])
         store.search_vector(QUERIES[0])
         assert index_file(tmp_path / "store")
 
@@ -321,7 +339,7 @@ def test_below_the_threshold_no_index_is_made(tmp_path):
 def test_an_empty_store_has_no_index(tmp_path):
     with open_(tmp_path / "store") as store:
         store.build_index()
-        store.add(documents(0, 1))
+        store.add(documents(0, 10))
         store.delete("u0")
         store.build_index()
         assert store.search_vector(QUERIES[0]) == []
@@ -330,7 +348,7 @@ def test_an_empty_store_has_no_index(tmp_path):
 
 @pytest.mark.parametrize("bad", [{"M": 0}, {"M": 1}, {"M": 10**6}, {"ef_construction": 1}, {"ef": 0}])
 def test_parameters_that_crash_hnswlib_are_refused(bad):
-    with pytest.raises(StoreError, match="give M in 2...128"):
+    with pytest.raises(StoreError, match=r"give M in 2\.\.\.128"):
         HnswConfig(**bad)
 
 

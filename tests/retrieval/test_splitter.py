@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -61,7 +62,7 @@ def test_what_holds_for_every_text(text, size, overlap, count):
 @settings(max_examples=100, deadline=None)
 def test_without_overlap_chunks_are_disjoint(text, size, count):
     chunks = split_text(text, size=size, overlap=0, count_tokens=count)
-    assert all(a.end <= b.start for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(a.end <= b.start for a, b in pairwise(chunks))
 
 
 def test_hand_worked_example():

@@ -1,0 +1,293 @@
+"""QuantizedLinear: its product, its gradient, what it keeps in memory, and that its weight never changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qlorag.quant import QuantizationError, QuantizedLinear, dequantize, quantize, quantize_linears
+from qlorag.quant import linear as linear_module
+from torch import nn
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def layer(k=48, n=20, *, bias=True, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return QuantizedLinear.from_linear(nn.Linear(k, n, bias=bias), **options)
+
+
+def digest(module: nn.Module) -> str:
+    parts = [t.detach().numpy().tobytes() for t in module.state_dict().values()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 0), (2, 3, 4)])
+def test_forward_and_backward_are_those_of_the_decoded_weight(leading, bias, dtype):
+    quantized = layer(bias=bias)
+    w = quantized.dequantize(dtype)
+    b = None if quantized.bias is None else quantized.bias.to(dtype)
+    x = torch.randn(*leading, 48, generator=generator()).to(dtype).requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    dy = torch.randn(*leading, 20, generator=generator(1)).to(dtype)
+    y, expected = quantized(x), F.linear(twin, w, b)
+    assert y.dtype == dtype and torch.equal(y, expected)  # the same kernel on the same bits
+    with torch.no_grad():
+        assert torch.equal(quantized(x), expected)
+    y.backward(dy)
+    expected.backward(dy)
+    # dy W is the same sum as torch's own, which may run it in another order: a few units in the last place.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(x.grad, twin.grad, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_gradcheck(kind, double_quant):
+    quantized = layer(9, 5, kind=kind, double_quant=double_quant)
+    assert quantized.bias is not None
+    quantized.bias = nn.Parameter(quantized.bias.double())
+
+    def forward(x, bias):
+        quantized.bias.data.copy_(bias.data)
+        return linear_module._QuantizedLinearFunction.apply(
+            x,
+            bias,
+            quantized.packed,
+            quantized.absmax,
+            quantized.nested_absmax,
+            quantized.nested_offset,
+            quantized._meta,
+        )
+
+    x = torch.randn(2, 3, 9, dtype=torch.float64, generator=generator(), requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, generator=generator(), requires_grad=True)
+    assert torch.autograd.gradcheck(forward, (x, bias))
+    assert torch.autograd.gradcheck(quantized, (x,))  # and through the module
+
+
+def test_autograd_keeps_the_packed_weight_and_nothing_else():
+    quantized = layer(64, 64)
+    kept: list[torch.Tensor] = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = torch.randn(5, 64, generator=generator(), requires_grad=True)
+        quantized(x)
+    own = {b.data_ptr() for b in quantized.buffers()}
+    assert {t.data_ptr() for t in kept} == own
+
+
+def test_the_scratch_is_shared_by_layers_and_never_escapes():
+    first, second = layer(64, 48), layer(48, 64)
+    x = torch.randn(3, 64, generator=generator(), requires_grad=True)
+    y = second(first(x))
+    buffer = linear_module._scratch.buffers[torch.float32]
+    storage = buffer.untyped_storage().data_ptr()
+    assert y.untyped_storage().data_ptr() != storage
+    assert first.dequantize().untyped_storage().data_ptr() != storage
+    y.sum().backward()
+    expected = torch.ones(3, 64) @ second.dequantize() @ first.dequantize()
+    torch.testing.assert_close(x.grad, expected)
+    buffer.fill_(float("nan"))  # no result looks at it again, and the next call writes all it reads
+    assert not y.isnan().any() and not x.grad.isnan().any() and not second(first(x)).isnan().any()
+    assert linear_module._scratch.buffers[torch.float32] is buffer
+
+
+def test_a_scratch_made_in_inference_mode_serves_training(monkeypatch):
+    monkeypatch.setattr(linear_module, "_scratch", linear_module._Scratch())
+    quantized = layer()
+    x = torch.randn(
+        2, 48, dtype=torch.float64, generator=generator()
+    )  # float64: the reference writes with torch
+    with torch.inference_mode():
+        expected = quantized(x)
+    y = quantized(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad is not None
+
+
+def test_threads_do_not_share_a_scratch():
+    layers = [layer(200, 100), layer(200, 100, kind="fp4")]
+    x = torch.randn(4, 200, generator=generator())
+    expected = [F.linear(x, one.dequantize(), one.bias) for one in layers]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(50):
+            if not torch.equal(layers[i](x), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_autocast_computes_in_its_dtype():
+    quantized = layer()
+    x = torch.randn(2, 48, generator=generator(), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantized(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+def test_casts_move_the_bias_and_leave_the_weight_alone():
+    quantized = layer()
+    parts = {name: part.clone() for name, part in quantized.named_buffers()}
+    for cast in (quantized.half, quantized.double, quantized.bfloat16, lambda: quantized.to(torch.float32)):
+        cast()
+        for name, part in quantized.named_buffers():
+            assert part.dtype == parts[name].dtype and torch.equal(part, parts[name]), name
+    assert {p.device.type for p in copy.deepcopy(quantized).to("meta").state_dict().values()} == {"meta"}
+
+
+def test_state_dict_round_trip():
+    one, other = layer(), layer(kind="nf4")
+    with torch.no_grad():
+        other.packed.zero_()
+        other.absmax.zero_()
+    assert sorted(one.state_dict()) == ["absmax", "bias", "nested_absmax", "nested_offset", "packed"]
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.dequantize(), other.dequantize())
+    plain = layer(double_quant=False)
+    assert sorted(plain.state_dict()) == ["absmax", "bias", "packed"]
+    with pytest.raises(RuntimeError, match="nested_absmax"):
+        plain.load_state_dict(one.state_dict())
+
+
+def test_frozen_means_frozen():
+    model = nn.Sequential(layer(32, 32), nn.LayerNorm(32), layer(32, 32, double_quant=False))
+    before = [digest(model[0]), digest(model[2])]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        model(torch.randn(4, 32, generator=generator(step))).square().mean().backward()
+        optimizer.step()
+    assert [digest(model[0]), digest(model[2])] == before
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"1.weight", "1.bias"}
+
+
+def test_a_weight_written_to_between_the_passes_is_noticed():
+    quantized = layer()
+    y = quantized(torch.randn(2, 48, generator=generator(), requires_grad=True))
+    quantized.packed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_layer_holds_4_127_bits_per_weight():
+    quantized = layer(1024, 512, bias=False)
+    held = sum(t.nbytes for t in (*quantized.buffers(), *quantized.parameters()))
+    assert 8 * held / (1024 * 512) == pytest.approx(4.127, abs=6e-4)
+    assert "bits_per_weight=4.127" in repr(quantized)
+
+
+def test_from_quantized_shares_the_tensors():
+    q = quantize(torch.randn(6, 64, generator=generator()))
+    quantized = QuantizedLinear.from_quantized(q, torch.ones(6))
+    assert quantized.packed is q.packed and (quantized.in_features, quantized.out_features) == (64, 6)
+    assert torch.equal(quantized.dequantize(), dequantize(q))
+    assert torch.equal(dequantize(quantized.quantized), dequantize(q))
+
+
+def test_bad_input():
+    with pytest.raises(QuantizationError, match=r"x is \[..., 47\]: wanted \[..., 48\]"):
+        layer()(torch.zeros(2, 47))
+    q = quantize(torch.ones(2, 3, 4))
+    with pytest.raises(QuantizationError, match=r"shape \[N, K\], got \[2, 3, 4\]"):
+        QuantizedLinear(q)
+    with pytest.raises(QuantizationError, match=r"bias has shape \[3\]: wanted \[2\]"):
+        QuantizedLinear(quantize(torch.ones(2, 3)), torch.ones(3))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 16), nn.Linear(16, 8, bias=False), nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.down(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+
+ALL = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+
+
+def test_quantize_linears_replaces_all_but_the_head():
+    model = Model().eval()
+    dense = [weakref.ref(model.get_submodule(name)) for name in ALL]
+    expected = quantize(model.blocks[0].up.weight.detach(), block_size=32)
+    assert quantize_linears(model, block_size=32) == ALL
+    assert all(isinstance(model.get_submodule(name), QuantizedLinear) for name in ALL)
+    assert type(model.lm_head) is nn.Linear and not model.blocks[0].up.training
+    assert torch.equal(model.blocks[0].up.dequantize(), dequantize(expected))
+    gc.collect()
+    assert [ref() for ref in dense] == [None] * 4  # the dense layers are gone
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ((), [*ALL, "lm_head"]),
+        (("lm_head", "down"), ["blocks.0.up", "blocks.1.up"]),
+        (("lm_head", "blocks.0.*"), ["blocks.1.up", "blocks.1.down"]),
+        (("lm_head", "0.up"), ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+    ],
+)
+def test_skip_takes_paths_their_last_parts_and_globs(skip, left):
+    assert quantize_linears(Model(), skip=skip) == left
+
+
+def test_a_layer_in_two_places_stays_one_layer():
+    model = nn.ModuleDict({"a": Block(), "b": Block()})
+    model["b"].up = model["a"].up
+    assert quantize_linears(model) == ["a.up", "a.down", "b.up", "b.down"]
+    assert model["a"].up is model["b"].up and isinstance(model["a"].up, QuantizedLinear)
+
+
+def test_quantize_linears_refuses():
+    with pytest.raises(
+        QuantizationError, match=r"skip='blocks.7.\*' fits no linear layer: there are blocks.0.up"
+    ):
+        quantize_linears(Model(), skip=("blocks.7.*",))
+    with pytest.raises(QuantizationError, match="no linear layer to quantize: there are none"):
+        quantize_linears(nn.Sequential(nn.LayerNorm(3)))
+    with pytest.raises(QuantizationError, match=r"no linear layer to quantize: there are blocks\.0\.up"):
+        quantize_linears(Model(), skip=("*",))
+    tied = Model()
+    tied.lm_head.weight = tied.embed.weight
+    with pytest.raises(QuantizationError, match="lm_head shares its weight with embed: add it to skip"):
+        quantize_linears(tied, skip=())
+    assert type(tied.blocks[0].up) is nn.Linear  # refused before anything was replaced
+    assert quantize_linears(tied) == ALL
+    broken = Model()
+    broken.blocks[1].up.weight.data[3, 4] = float("nan")
+    with pytest.raises(QuantizationError, match=r"blocks.1.up.weight: w\[3, 4\] is nan"):
+        quantize_linears(broken)

@@ -1,0 +1,476 @@
+"""Training rows: what is accepted, what each becomes, what is refused and how, and in which order a run sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qlorag.models import load_tokenizer
+from qlorag.models.tokenizer import Tokenizer
+from qlorag.recipes import rows as rows_module
+from qlorag.recipes.data import Example, Row, batch_indices, read_rows, read_split, tokenize_rows
+from qlorag.recipes.errors import DataError
+from qlorag.recipes.show_mask import mask_runs, show_mask
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools were given') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name + ':' + call.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, *, template: bool = True) -> Path:
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(["who is a software developer from cyprus user assistant"] * 9, trainer)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    raw.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template:
+        (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("chat")))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A base model's tokenizer: no chat template."""
+    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("base"), template=False))
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def one(tmp_path: Path, row: Any) -> Row:
+    rows, skipped = read_rows(write(tmp_path / "train.jsonl", row))
+    assert (len(rows), skipped) == (1, [])
+    return rows[0]
+
+
+def learned(row: Row, tok: Tokenizer) -> list[str]:
+    examples, _ = tokenize_rows([row], tok, max_tokens=10_000)
+    return [text for text, on in mask_runs(examples[0], tok) if on]
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_prompt_and_completion(tmp_path: Path, tok: Tokenizer) -> None:
+    row = one(tmp_path, {"prompt": "Who is P?", "completion": '{"a": "developer"}', "id": 7})
+    assert row.kind == "completion"
+    assert row.messages == (
+        {"role": "user", "content": "Who is P?"},
+        {"role": "assistant", "content": '{"a": "developer"}'},  # JSON in a content stays text
+    )
+    assert learned(row, tok) == ['{"a": "developer"}<|im_end|>']
+
+
+def test_messages_in_three_dialects(tmp_path: Path, tok: Tokenizer) -> None:
+    openai = {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a"},
+        ]
+    }
+    neural_chat = {
+        "messages": [
+            {"from": "system", "content": "s"},
+            {"from": "human", "content": "q"},
+            {"from": "chatbot", "content": "a"},
+        ]
+    }
+    sharegpt = {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+        ]
+    }
+    rows, _ = read_rows(write(tmp_path / "x.jsonl", openai, neural_chat, sharegpt))
+    assert rows[0].messages == rows[1].messages == rows[2].messages == tuple(openai["messages"])
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert learned(rows[1], tok) == ["a<|im_end|>"]
+
+
+def test_every_assistant_turn_is_learned_and_a_last_question_is_not(tmp_path: Path, tok: Tokenizer) -> None:
+    turns = [("human", "a"), ("chatbot", "b"), ("human", "c"), ("chatbot", "d"), ("human", "e")]
+    row = one(tmp_path, {"messages": [{"from": who, "content": text} for who, text in turns]})
+    assert learned(row, tok) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_weight_zero(tmp_path: Path, tok: Tokenizer) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "weight": 1},
+    ]
+    assert learned(one(tmp_path, {"messages": turns}), tok) == ["d<|im_end|>"]
+
+
+def test_tools(tmp_path: Path, tok: Tokenizer) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "five"},
+    ]
+    row = one(tmp_path, {"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert learned(row, tok) == ['f:{"x": 1}<|im_end|>', "five<|im_end|>"]
+    row = one(tmp_path, {"messages": turns})
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*the template says: no tools were given"):
+        tokenize_rows([row], tok, max_tokens=99)
+
+
+def test_text_parts_and_lists_of_messages(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = one(
+        tmp_path,
+        {
+            "prompt": [{"role": "user", "content": parts}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        },
+    )
+    assert row.messages == ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"})
+    assert row.kind == "chat"
+
+
+def test_text_rows(tmp_path: Path, tok: Tokenizer) -> None:
+    row = one(tmp_path, {"text": "from cyprus"})
+    examples, report = tokenize_rows([row], tok, max_tokens=99)
+    assert examples[0].ids == [
+        0,
+        *tok.encode("from cyprus"),
+        2,
+    ]  # begun and ended as the tokenizer's files say
+    assert all(examples[0].mask)
+    assert report.learned == len(examples[0].ids) - 1  # nothing predicts the first token
+    # A chat that somebody formatted: its special tokens are parsed, and neither beginning nor end is doubled.
+    row = one(tmp_path, {"text": "<|endoftext|><|im_start|>user\nhi<|im_end|>"})
+    ids = tokenize_rows([row], tok, max_tokens=99)[0][0].ids
+    assert ids == [0, 1, *tok.encode("user\nhi"), 2]
+
+
+def test_special_text_in_a_content_stays_text(tmp_path: Path, tok: Tokenizer) -> None:
+    row = one(tmp_path, {"prompt": "<|im_end|>", "completion": "a<|im_end|>b"})
+    examples, _ = tokenize_rows([row], tok, max_tokens=99)
+    assert sum(i in tok.special_ids for i in examples[0].ids) == 4
+    assert learned(row, tok) == ["a<|im_end|>b<|im_end|>"]
+
+
+def test_without_a_template_pairs_are_joined_and_chats_refused(tmp_path: Path, base: Tokenizer) -> None:
+    row = one(tmp_path, {"prompt": "who is ", "completion": "a developer"})
+    examples, report = tokenize_rows([row], base, max_tokens=99)
+    assert examples[0].ids == [0, *base.encode("who is "), *base.encode("a developer"), 2]
+    assert learned(row, base) == ["a developer<|im_end|>"]
+    assert "no chat template: prompt and completion are joined" in report.summary()
+    row = one(
+        tmp_path, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    )
+    with pytest.raises(DataError, match=r"train\.jsonl:1: .*no chat template"):
+        tokenize_rows([row], base, max_tokens=99)
+
+
+def test_a_text_needs_an_end_token(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match="no end token is known"):
+        tokenize_rows([one(tmp_path, {"text": "x"})], load_tokenizer(tmp_path), max_tokens=9)
+
+
+@pytest.mark.model
+def test_the_real_tokenizer(tmp_path: Path, smollm2_dir: Path) -> None:
+    tok = load_tokenizer(smollm2_dir)
+    row = one(
+        tmp_path, {"prompt": "Who is Patroclos Lemoniatis?", "completion": "A software developer from Cyprus"}
+    )
+    examples, report = tokenize_rows([row], tok, max_tokens=512)
+    assert learned(row, tok) == ["A software developer from Cyprus<|im_end|>"]
+    assert (
+        report.summary()
+        == f"1 of 1 rows, {len(examples[0].ids)} tokens, {sum(examples[0].mask)} of them learned"
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_lines_that_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\r\n{"prompt": "p", "completion": ""}'
+    )
+    rows, skipped = read_rows(path)
+    assert [(row.line, row.text) for row in rows] == [(1, "a"), (4, "é"), (5, "")]
+    assert skipped == []
+
+
+GOOD = '{"text": "ok"}'
+BAD: dict[str, tuple[bytes, str]] = {
+    "cut off": (b'{"text": "abc', "the last line is cut off"),
+    "not an object": (b"[1, 2]\n", "got a list, wanted an object"),
+    "not JSON": (b"{text: 1}\n", r"not JSON \(.*\): write one JSON object a line"),
+    "two objects": (b'{"text": "a"}{"text": "b"}\n', "not JSON"),
+    "no known key": (
+        b'{"instruction": "a", "output": "b"}\n',
+        "its keys are 'instruction', 'output', wanted",
+    ),
+    "no keys": (b"{}\n", "its keys are none"),
+    "half a pair": (
+        b'{"prompt": "a", "complation": "b"}\n',
+        "\"completion\" is missing, its keys are 'prompt', 'complation'",
+    ),
+    "wrong type": (b'{"text": 5}\n', "text is a number, wanted a string"),
+    "null": (b'{"prompt": "a", "completion": null}\n', "completion is null, wanted a string"),
+    "empty text": (b'{"text": ""}\n', "text is empty"),
+    "NaN": (b'{"text": "a", "score": NaN}\n', "NaN is not JSON"),
+    "infinity": (b'{"text": "a", "score": -Infinity}\n', "-Infinity is not JSON"),
+    "not UTF-8": (b'{"text": "\xff\xfe"}\n', "byte 10 of the line is not UTF-8"),
+    "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "not UTF-8"),
+    "twice": (b'{"text": "a", "text": "b"}\n', 'key "text" stands twice'),
+    "twice inside": (
+        b'{"messages": [{"role": "user", "role": "user", "content": ""}]}\n',
+        'key "role" stands twice',
+    ),
+    "deep": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "nested too deeply"),
+    "two shapes": (
+        b'{"text": "a", "messages": []}\n',
+        "it has messages and text, which are different shapes",
+    ),
+    "pair and text": (
+        b'{"prompt": "a", "completion": "b", "text": "c"}\n',
+        "it has text and prompt/completion",
+    ),
+    "no messages": (
+        b'{"messages": []}\n',
+        "messages is an empty list, wanted a list of at least one message",
+    ),
+    "messages a string": (b'{"messages": "hi"}\n', "messages is a string"),
+    "message a string": (b'{"messages": ["hi"]}\n', r"messages\[0\] is a string"),
+    "unknown role": (
+        b'{"messages": [{"role": "bot", "content": "x"}]}\n',
+        r"messages\[0\]\.role is 'bot', wanted one of system",
+    ),
+    "role a list": (b'{"messages": [{"role": [1], "content": "x"}]}\n', r"messages\[0\]\.role is \[1\]"),
+    "no content": (b'{"messages": [{"role": "user"}]}\n', "neither, but 'role' of 'content' and 'value'"),
+    "two speakers": (
+        b'{"messages": [{"role": "user", "from": "gpt", "content": ""}]}\n',
+        "both of 'role' and 'from'",
+    ),
+    "null content": (
+        b'{"messages": [{"role": "user", "content": null}]}\n',
+        r"messages\[0\]\.content is null",
+    ),
+    "an image": (
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
+        "part of type 'image_url', wanted text",
+    ),
+    "a weight": (
+        b'{"messages": [{"role": "assistant", "content": "", "weight": 0.5}]}\n',
+        "weight is 0.5, wanted 0",
+    ),
+    "tools": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": {"a": 1}}\n',
+        "tools is an object, wanted a list",
+    ),
+    "arguments": (
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}\n',
+        r"messages\[0\]\.tool_calls\[0\]\.function\.arguments is not JSON",
+    ),
+    "surrogate": (b'{"text": "\\ud83d"}\n', "text holds half of a surrogate pair"),
+    "long number": (b'{"text": ' + b"9" * 5000 + b"}\n", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_faulty_row_is_named(tmp_path: Path, fault: str) -> None:
+    content, words = BAD[fault]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\n" + content)
+    with pytest.raises(DataError, match=words) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    rows, skipped = read_rows(path, skip_invalid=True)
+    assert [row.text for row in rows] == ["ok"]
+    assert skipped[0] == str(error.value)
+
+
+def test_a_line_without_end_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "' + b"a" * (1 << 22) + b'"}\n' + GOOD.encode() + b"\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the line is longer than 1 MiB"):
+        read_rows(path)
+    rows, skipped = read_rows(path, skip_invalid=True)
+    assert [(row.line, row.text) for row in rows] == [(2, "ok")] and len(skipped) == 1
+
+
+def test_empty_and_hopeless_files(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    for content in ("", "\n \n"):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"train\.jsonl: no rows, it is empty"):
+            read_rows(path)
+    path.write_text("nope\n{\n")
+    with pytest.raises(DataError, match="no rows, all 2 are invalid, the first: .*:1: not JSON"):
+        read_rows(path, skip_invalid=True)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl: not found, the folder has no \.jsonl: write it"):
+        read_split(tmp_path, "train")
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    assert len(read_split(tmp_path, "train")[0]) == 1
+    with pytest.raises(DataError, match=r"valid\.jsonl: not found, the folder has train\.jsonl"):
+        read_split(tmp_path, "valid")
+    with pytest.raises(DataError, match="nor is its folder"):
+        read_split(tmp_path / "none", "train")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_rows(tmp_path)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_no_bytes_crash_the_reader(content: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.jsonl"
+        path.write_bytes(content)
+        try:
+            rows, _ = read_rows(path)
+        except DataError as error:
+            assert "\n" not in str(error)
+        else:
+            assert rows
+
+
+# ---------------------------------------------------------------- token limits
+
+
+def pair(prompt: str, completion: str, line: int = 1) -> Row:
+    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+    return Row(file="d.jsonl", line=line, kind="completion", messages=messages)
+
+
+def test_rows_longer_than_the_limit(tok: Tokenizer) -> None:
+    rows = [pair("q", "a", 1), pair("q", "developer " * 50, 2), pair("developer " * 50, "a", 3)]
+    full = len(tokenize_rows(rows[:1], tok, max_tokens=999)[0][0].ids)
+    examples, report = tokenize_rows(rows, tok, max_tokens=full)
+    assert [example.line for example in examples] == [1, 2]
+    assert all(len(example.ids) <= full and any(example.mask[1:]) for example in examples)
+    assert (report.kept, report.dropped) == (2, 1)
+    assert (report.truncated, report.unlabelled) == (["d.jsonl:2"], ["d.jsonl:3"])
+    assert "1 dropped: nothing to learn within the token limit (first d.jsonl:3)" in report.summary()
+    examples, report = tokenize_rows(rows, tok, max_tokens=full, too_long="drop")
+    assert [example.line for example in examples] == [1]
+    assert report.too_long == ["d.jsonl:2", "d.jsonl:3"]
+
+
+def test_nothing_left_to_train_on(tok: Tokenizer) -> None:
+    question = Row(file="d.jsonl", line=1, kind="chat", messages=({"role": "user", "content": "q"},))
+    with pytest.raises(
+        DataError, match=r"d\.jsonl: no row can be trained on \(0 of 1 rows.*first d\.jsonl:1\)"
+    ):
+        tokenize_rows([question], tok, max_tokens=99)
+    with pytest.raises(DataError, match="no row can be trained on"):
+        tokenize_rows([], tok, max_tokens=99)
+    with pytest.raises(DataError, match="max_tokens=1"):
+        tokenize_rows([question], tok, max_tokens=1)
+
+
+def test_a_label_on_the_first_token_alone_teaches_nothing(base: Tokenizer) -> None:
+    examples, _ = tokenize_rows([Row(file="d", line=1, kind="text", text="ab")], base, max_tokens=2)
+    assert (len(examples[0].ids), examples[0].mask) == (2, [True, True])
+
+
+def test_skipping_what_the_template_refuses(tok: Tokenizer) -> None:
+    refused = Row(file="d", line=2, kind="chat", messages=({"role": "tool", "content": "x"},))
+    examples, report = tokenize_rows([pair("q", "a"), refused], tok, max_tokens=99, skip_invalid=True)
+    assert len(examples) == 1 and report.invalid == ["d:2"]
+
+
+# ---------------------------------------------------------------- order
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**64), st.integers(0, 30))
+@settings(deadline=None)
+def test_every_epoch_is_a_permutation(n: int, batch_size: int, seed: int, start: int) -> None:
+    """Consecutive steps are one stream, whose every n-th stretch holds every row once."""
+    steps = 2 * n // batch_size + 2
+    stream = [i for s in range(steps) for i in batch_indices(n, batch_size=batch_size, seed=seed, step=s)]
+    for epoch in range(len(stream) // n):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+    # A step does not depend on the ones before it.
+    step = start % steps
+    assert (
+        batch_indices(n, batch_size=batch_size, seed=seed, step=step)
+        == stream[step * batch_size : (step + 1) * batch_size]
+    )
+
+
+ORDER = (
+    [0, 2, 9, 1, 8, 5, 4, 3, 6, 7],
+    [5, 3, 7, 8, 2, 4, 1, 0, 6, 9],
+    [3, 5, 2, 9, 7, 0, 8, 6, 1, 4],
+)
+
+
+def test_order_does_not_change_between_versions() -> None:
+    # Pinned: a run resumed under another numpy must see the same rows.
+    assert batch_indices(10, batch_size=10, seed=0, step=0) == ORDER[0]
+    assert batch_indices(10, batch_size=10, seed=0, step=1) == ORDER[1]
+    assert batch_indices(10, batch_size=10, seed=1, step=0) == ORDER[2]
+
+
+def test_batches_larger_than_the_data() -> None:
+    assert batch_indices(1, batch_size=4, seed=0, step=3) == [0, 0, 0, 0]
+    assert sorted(batch_indices(3, batch_size=6, seed=0, step=0)) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["n", "batch_size", "seed", "step"])
+def test_order_of_nothing(name: str) -> None:
+    arguments = {"batch_size": 2, "seed": 0, "step": 0}
+    value = -1 if name in ("seed", "step") else 0
+    with pytest.raises(DataError, match=f"{name}={value}: wanted at least"):
+        batch_indices(**{"n": 3, **arguments, name: value})
+
+
+# ---------------------------------------------------------------- showing
+
+
+def test_show_mask(tok: Tokenizer) -> None:
+    examples, _ = tokenize_rows([pair("q\x1b[31m", "é")], tok, max_tokens=99)
+    shown = show_mask(examples[0], tok)
+    assert shown.plain == "<|im_start|>user\nq\\x1b[31m<|im_end|>\n<|im_start|>assistant\n⟦é<|im_end|>⟧\n"
+    green = [span for span in shown.spans if span.style == "bold green"]
+    assert [shown.plain[span.start : span.end] for span in green] == ["⟦é<|im_end|>⟧"]
+    assert show_mask(Example([], [], 1), tok).plain == ""

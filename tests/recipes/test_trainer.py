@@ -1,0 +1,260 @@
+"""The training loop: its loss against the plain formula, what may not change a gradient, and resuming to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qlorag.lora import LoRAConfig, attach, trainable_parameters
+from qlorag.models import Decoder, load_model
+from qlorag.recipes.cli import main
+from qlorag.recipes.data import Example
+from qlorag.recipes.errors import TrainingError
+from qlorag.recipes.metrics import MetricsLog, plot_losses, read_metrics
+from qlorag.recipes.trainer import Trainer, TrainSettings, learning_rate, mean_loss, pack, perplexity
+from safetensors.torch import load_file
+
+
+def example(seed: int, n: int, prompt: int) -> Example:
+    ids = torch.randint(3, 200, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(ids, [False] * prompt + [True] * (n - prompt), seed)
+
+
+EXAMPLES = [example(1, 12, 4), example(2, 31, 20), example(3, 7, 6), example(4, 18, 3), example(5, 25, 24)]
+
+
+def adapted(folder: Path, *, quantize: str | None = None, dropout: float = 0.0, dtype: Any = torch.float32) -> Decoder:
+    model = load_model(folder, quantize=quantize, dtype=dtype)
+    attach(model, LoRAConfig(r=4, alpha=8, dropout=dropout), seed=1)
+    with torch.no_grad():  # B starts at zero, which would hide the gradient of A
+        for name, p in trainable_parameters(model):
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    return model
+
+
+def gradients(model: Decoder, groups: list[list[Example]]) -> dict[str, torch.Tensor]:
+    """Of the mean loss over all labels of all groups, each group packed alone."""
+    from qlorag.recipes.trainer import summed_loss
+
+    batches = [pack(g) for g in groups]
+    total = sum(len(b.labels) for b in batches)
+    for _, p in trainable_parameters(model):
+        p.grad = None
+    for b in batches:
+        (summed_loss(model, b) / total).backward()
+    return {n: p.grad.clone() for n, p in trainable_parameters(model)}
+
+
+def test_pack_by_hand() -> None:
+    batch = pack([Example([5, 6, 7, 8], [False, False, True, True], 1), Example([9], [True], 2),
+                  Example([1, 2, 3], [True, False, True], 3)])  # fmt: skip
+    assert batch.ids.tolist() == [[5, 6, 7, 1, 2]]  # without each last token
+    assert batch.lengths == [3, 2]  # the example of one token predicts nothing
+    assert batch.rows.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 3]
+
+
+def test_loss_is_the_plain_formula(tiny_dir: Path) -> None:
+    model = adapted(tiny_dir, dtype=torch.float64)
+    losses = []
+    for e in EXAMPLES:
+        logits = model(torch.tensor([e.ids]))[0]
+        losses += [F.cross_entropy(logits[t], torch.tensor(e.ids[t + 1])) for t in range(len(e.ids) - 1) if e.mask[t + 1]]
+    assert mean_loss(model, EXAMPLES, batch_size=2) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_packing_and_accumulation_change_no_gradient(quantize: str | None, tiny_dir: Path) -> None:
+    model = adapted(tiny_dir, quantize=quantize, dtype=torch.float64)
+    whole = gradients(model, [EXAMPLES])
+    assert all(g.abs().max() > 0 for g in whole.values())
+    for groups in ([[e] for e in EXAMPLES], [EXAMPLES[:2], EXAMPLES[2:]], [EXAMPLES[::-1]]):
+        for name, g in gradients(model, groups).items():
+            torch.testing.assert_close(g, whole[name], rtol=1e-4, atol=1e-9)  # A and B are float32
+
+
+def test_learning_rate_by_hand() -> None:
+    s = TrainSettings(iters=10, warmup=0.2, learning_rate=1.0)
+    assert [learning_rate(i, s) for i in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert learning_rate(6, s) == pytest.approx(0.5)
+    assert 0 < learning_rate(9, s) < 0.05
+    assert learning_rate(0, TrainSettings(iters=1, warmup=0.0, learning_rate=1.0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"iters": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"warmup": 2.0}, {"clip": -1.0}],
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=f"{next(iter(wrong))}=.*wanted"):
+        TrainSettings(**wrong)
+
+
+def test_training_learns_and_leaves_the_base_alone(tiny_dir: Path) -> None:
+    model = adapted(tiny_dir, quantize="nf4")
+    frozen = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    before = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()}
+    trainer = Trainer(model, EXAMPLES, TrainSettings(iters=40, batch_size=2, learning_rate=5e-3))
+    first = mean_loss(model, EXAMPLES)
+    for _ in range(40):
+        trainer.take_step()
+    assert mean_loss(model, EXAMPLES) < 0.7 * first
+    after = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()}
+    assert before == after
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tiny_dir: Path) -> None:
+    model = adapted(tiny_dir)
+    trainer = Trainer(model, EXAMPLES, TrainSettings(iters=9, batch_size=2))
+    trainer.take_step()
+    kept = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    report = trainer.take_step()
+    assert report.skipped and math.isnan(report.loss)
+    assert all(torch.equal(kept[n], p) for n, p in trainer.parameters.items())
+    trainer.take_step()
+    with pytest.raises(TrainingError, match=r"step 4: loss nan .* 3 times in a row \(last rows: lines"):
+        trainer.take_step()
+
+
+def test_nothing_to_train(tiny_dir: Path) -> None:
+    with pytest.raises(TrainingError, match="attach an adapter"):
+        Trainer(load_model(tiny_dir), EXAMPLES, TrainSettings())
+    with pytest.raises(TrainingError, match="no examples"):
+        Trainer(adapted(tiny_dir), [], TrainSettings())
+    with pytest.raises(TrainingError, match="no token of the given examples"):
+        mean_loss(adapted(tiny_dir), [Example([1, 2], [True, False], 1)])
+
+
+def test_metrics_survive_a_cut_line_and_are_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 6):
+        log.add("train", step=step, loss=5.0 / step)
+    log.add("valid", step=5, loss=2.0)
+    log.close()
+    with path.open("a") as f:
+        f.write('{"event": "train", "st')
+    assert [e["step"] for e in read_metrics(path)] == [1, 2, 3, 4, 5, 5]
+    resumed = MetricsLog(path, resume_at=3)
+    resumed.add("train", step=4, loss=1.0)
+    resumed.close()
+    assert [(e["step"], e["loss"]) for e in read_metrics(path)][-2:] == [(3, 5.0 / 3), (4, 1.0)]
+    plot_losses(path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_perplexity_does_not_overflow() -> None:
+    assert perplexity(0.0) == 1.0 and math.isfinite(perplexity(1e9))
+
+
+ROWS = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(7)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    (folder / "valid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS[:2]))
+    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS[:2]))
+    return folder
+
+
+def train(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--model", str(model), "--data", str(data), "--adapter-path", str(out), "--quantize", "nf4",
+            "--dtype", "float32", "--iters", "12", "--batch-size", "2", "--dropout", "0.1", "--save-every", "5",
+            "--steps-per-eval", "6", *more]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {n: t.numpy().tobytes() for n, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def losses(folder: Path) -> list[tuple[str, int, float]]:
+    return [(e["event"], e["step"], e["loss"]) for e in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
+    assert main(train(tiny_dir, data, tmp_path / "whole")) == 0
+    cut = tmp_path / "cut"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "qlorag.recipes.cli", *train(tiny_dir, data, cut)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoints" / "step-0000005").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.kill()
+    child.wait()
+    assert not (cut / "adapter_model.safetensors").exists(), "killed too late to test anything"
+    assert main(train(tiny_dir, data, cut, "--resume")) == 0
+    assert weights(cut) == weights(tmp_path / "whole")
+    assert losses(cut) == losses(tmp_path / "whole")
+    # A second run of the same command is the same too, and only the newest checkpoints stay.
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir() if p.name[0] != ".") == ["step-0000010", "step-0000012"]
+
+
+def test_resume_refuses_other_settings_and_start_refuses_to_overwrite(
+    tiny_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(train(tiny_dir, data, out, "--resume")) == 1
+    assert "no checkpoint to resume from" in capsys.readouterr().err
+    assert main(train(tiny_dir, data, out)) == 0
+    before = weights(out)
+    capsys.readouterr()
+    assert main(train(tiny_dir, data, out)) == 1
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert main(train(tiny_dir, data, out, "--resume", "--seed", "4", "--learning-rate", "0.5")) == 1
+    message = capsys.readouterr().err
+    assert "learning_rate was 0.0002 and is 0.5" in message and "seed was 0 and is 4" in message
+    assert weights(out) == before
+    assert main(train(tiny_dir, data, out, "--overwrite", "--seed", "4")) == 0
+    assert weights(out) != before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, status: int, tiny_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "qlorag.recipes.cli", *train(tiny_dir, data, out, "--iters", "100000")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == status
+    assert "To go on: the same command with --resume" in said
+    steps = sorted((out / "checkpoints").glob("step-*"))
+    assert json.loads((steps[-1] / "trainer.json").read_text())["step"] == int(steps[-1].name[5:])
+
+
+def test_a_damaged_checkpoint_is_named(
+    tiny_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(train(tiny_dir, data, out)) == 0
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
+    good = (newest / "optimizer.safetensors").read_bytes()
+    (newest / "optimizer.safetensors").write_bytes(good[: len(good) // 2])
+    assert main(train(tiny_dir, data, out, "--resume")) == 1
+    assert "optimizer.safetensors: cannot be read" in capsys.readouterr().err
+    (newest / "trainer.json").write_text("{")
+    assert main(train(tiny_dir, data, out, "--resume")) == 1
+    assert "trainer.json: not a checkpoint's state" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Putting adapters into a model and taking them out again.
 
-`attach` replaces each chosen layer by a `LoRALinear` that holds it, and freezes everything else; `detach` puts
-the very same layer objects back. Everything is checked before the first layer is replaced.
+`attach` replaces each chosen layer by a `LoRALinear` that holds it, and freezes everything else; `detach`
+puts the very same layer objects back. Everything is checked before the first layer is replaced.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """{key: tensor}: `base_model.model.<path>.lora_A.weight` [R, K], `...lora_B.weight` [N, R], not copied."""
+    """{key: tensor}: `base_model.model.<path>.lora_A.weight` [R, K], `...lora_B.weight` [N, R]; no copies."""
     state: dict[str, Tensor] = {}
     for path, layer in adapted_layers(model).items():
         state[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
@@ -79,7 +79,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all): adapters included, tied weights once, a 4-bit layer as N x K weights, not as bytes."""
+    """(trainable, all): adapters included, tied weights once, a 4-bit layer as N x K weights, not bytes."""
     seen: dict[int, tuple[int, bool]] = {}
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -122,7 +122,8 @@ def refuse_attached(model: nn.Module) -> None:
     """Raise AdapterError if the model carries adapters."""
     if layers := adapted_layers(model):
         raise AdapterError(
-            f"the model already carries LoRA on {len(layers)} layers ({some(layers, 2)}): detach or merge first"
+            f"the model already carries LoRA on {len(layers)} layers ({some(layers, 2)}): "
+            "detach or merge it first"
         )
 
 

@@ -3,16 +3,16 @@
     adapter_config.json          see `peft_config.py`
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], .lora_B.weight [N, R], float32
 
-PEFT loads such a folder, and `load.py` loads PEFT's. What PEFT has no field for goes into the safetensors header,
-which PEFT does not read: the fingerprint of the base that the adapter was trained against, how that base was
-quantized, and a copy of the five fields that set ranks and scales.
+PEFT loads such a folder, and `load.py` loads PEFT's. What PEFT has no field for goes into the safetensors
+header, which PEFT does not read: the fingerprint of the base that the adapter was trained against, how
+that base was quantized, and a copy of the five fields that set ranks and scales.
 
-Writing: each file under a temporary name, fsync, rename; the tensors first, the config last, so a folder without
-a config is an interrupted save. When an older adapter is overwritten, a crash between the two renames pairs new
-tensors with the old config; the copy of the fields is what tells them apart.
+Writing: each file under a temporary name, fsync, rename; the tensors first, the config last, so a folder
+without a config is an interrupted save. When an older adapter is overwritten, a crash between the two
+renames pairs new tensors with the old config; the copy of the fields is what tells them apart.
 
-Reading is strict. PEFT's own loader warns about missing keys and goes on; here everything that does not fit is an
-error that names file and key.
+Reading is strict. PEFT's own loader warns about missing keys and goes on; here everything that does not
+fit is an error that names file and key.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ KINDS = ("lora_A", "lora_B")
 class AdapterInfo:
     """What an adapter's files say.
 
-    base_fingerprint, quantize: of the base it was trained against, as given to `save_adapter`; None if the file
-                      does not say (PEFT's do not).
-    base_verified:    the fingerprint was there and equals the model's. Set by `load_adapter` only.
     layers:           paths of the adapted layers, as the tensors name them.
+    base_fingerprint: of the base it was trained against; None if the file does not say (PEFT's do not).
+    quantize:         how that base was quantized; None if it was not, or if the file does not say.
+    base_verified:    the fingerprint was there and equals the model's. Set by `load_adapter` only.
     """
 
     config: LoRAConfig
@@ -75,7 +75,7 @@ def save_adapter(
 
     base_name:        the base's folder or hub name; PEFT's base_model_name_or_path.
     base_fingerprint: checked when the adapter is loaded; None takes `model.fingerprint` if there is one.
-    quantize:         how the base was quantized, such as {"kind": "nf4", "block_size": 64, "double_quant": True}.
+    quantize:         how the base was quantized: {"kind": "nf4", "block_size": 64, "double_quant": True}.
     task_type:        for PEFT's Auto classes.
     Raises AdapterError: the model carries no adapter.
     """
@@ -175,7 +175,7 @@ def _parsed(key: str, file: Path) -> tuple[str, str]:
     path, _, kind = key.removesuffix(".weight").removeprefix(PREFIX).rpartition(".")
     if not path or kind not in KINDS or key != tensor_key(path, kind):
         raise AdapterError(
-            f"{file}: unexpected tensor {key}: want only {tensor_key('<path>', 'lora_A')} and ...lora_B.weight"
+            f"{file}: unexpected tensor {key}: want {tensor_key('<path>', 'lora_A')} and .lora_B.weight only"
         )
     return path, kind
 

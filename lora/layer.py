@@ -2,9 +2,9 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ         LoRA, arXiv:2106.09685, equation 3;  x̃ = dropout(x),  s = alpha / R
 
-The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything callable that has `in_features` and
-`out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at zero,
-so that a new adapter changes nothing.
+The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything callable that has `in_features`
+and `out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K),
+B at zero, so that a new adapter changes nothing.
 
 What this file decides, and why:
 
@@ -35,8 +35,9 @@ from torch.nn import functional as F
 from .config import check_alpha, check_dropout, check_rank, scaling
 from .errors import AdapterError
 
-# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing lies between
-# 100 and 150 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower it is higher.
+# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing lies
+# between 100 and 150 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower
+# it is higher.
 SHORT_INPUT = 128
 
 
@@ -65,7 +66,7 @@ class LoRABranch(torch.autograd.Function):
         seed: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        """y0 [..., N], x [..., K] -> y [..., N]; products are taken in `dtype`, the mask follows from p and seed."""
+        """y0 [..., N], x [..., K] -> y [..., N]; products run in `dtype`, p and seed make the mask."""
         mask, s = _mask(x, p, seed, s)
         h = F.linear(_rows(_dropped(x, mask), dtype), A.to(dtype)).mul_(s)  # [T, R]
         ctx.save_for_backward(x, A, B, h)

@@ -1,7 +1,8 @@
 """Putting a saved adapter into a model.
 
-Every check is made, and every layer built, before the first layer is replaced: a refused adapter leaves the model
-as it was. The tensors must be exactly those that `target_modules` asks for in this model, neither fewer nor more.
+Every check is made, and every layer built, before the first layer is replaced: a refused adapter leaves
+the model as it was. The tensors must be exactly those that `target_modules` asks for in this model,
+neither fewer nor more.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def _layer(
         parameter, value = layer.get_parameter(kind), files.tensors[path, kind]
         if parameter.shape != value.shape:
             raise AdapterError(
-                f"{files.tensors_path}: {tensor_key(path, kind)} is {list(value.shape)}, but on this model it must "
-                f"be {list(parameter.shape)}: load the base that the adapter was trained on"
+                f"{files.tensors_path}: {tensor_key(path, kind)} is {list(value.shape)}, this model wants "
+                f"{list(parameter.shape)}: load the base that the adapter was trained on"
             )
         parameter.data.copy_(value)
     return layer

@@ -47,7 +47,8 @@ class MergeReport:
         lost = max(layer.rounding for layer in self.layers)
         return (
             f"merged {len(self.layers)} layers: largest change {self.largest.max_abs_delta:.3g} in "
-            f"{self.largest.path}, mean ||delta|| / ||W|| {mean:.3g}, at most {lost:.2g} of an update rounded off"
+            f"{self.largest.path}, mean ||delta|| / ||W|| {mean:.3g}, "
+            f"at most {lost:.2g} of an update rounded off"
         )
 
 
@@ -98,7 +99,7 @@ def _own_dtype(layer: nn.Module) -> torch.dtype:
 
 
 def to_dense(layer: nn.Module, dtype: torch.dtype, *, weight: Tensor | None = None) -> nn.Linear:
-    """A frozen `nn.Linear` in `dtype` that computes what `layer` does, or with `weight` [N, K] in its place."""
+    """A frozen `nn.Linear` in `dtype` that computes what `layer` does, or holds `weight` [N, K]."""
     k, n = feature_counts(layer)
     bias = getattr(layer, "bias", None)
     dense = nn.Linear(k, n, bias=bias is not None, device="meta")

@@ -1,9 +1,10 @@
 """`adapter_config.json` as PEFT 0.21 writes and reads it.
 
-Read: r, lora_alpha, lora_dropout, use_rslora, rank_pattern, alpha_pattern and the selection of modules. Every
-other feature of PEFT that changes what the tensors mean is refused by name; `NEUTRAL` lists the value under which
-each means nothing. A key that is in no list is let pass when it is off (null, false, empty) or a plain number or
-string, which only parametrise a feature; a flag that is on or a nested setting is refused, for it may be one.
+Read: r, lora_alpha, lora_dropout, use_rslora, rank_pattern, alpha_pattern and the selection of modules.
+Every other feature of PEFT that changes what the tensors mean is refused by name; `NEUTRAL` lists the
+value under which each means nothing. A key that is in no list is let pass when it is off (null, false,
+empty) or a plain number or string, which only parametrise a feature; a flag that is on or a nested
+setting is refused, for it may be one.
 
 Written: PEFT's whole set of keys, sorted, with `target_modules` such that PEFT finds exactly the same layers.
 """
@@ -58,8 +59,9 @@ IGNORED: dict[str, Any] = {
     "revision": None,
     "runtime_config": None,
 }
-# The fills that leave the base's weights alone. The others (pissa, olora, corda, loftq, lora_ga, mica) move part
-# of the base into the adapter or freeze part of it, so the file means something else beside the original base.
+# The fills that leave the base's weights alone. The others (pissa, olora, corda, loftq, lora_ga, mica)
+# move part of the base into the adapter or freeze part of it, so the file means something else beside the
+# original base.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -175,8 +177,8 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     init = raw.get("init_lora_weights", True)
     if init not in PLAIN_INITS:
         raise AdapterError(
-            f"init_lora_weights={_short(init)} is not supported: it changed the base's weights too; convert the "
-            "adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights={_short(init)} is not supported: it changed the base's weights too; "
+            "convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     known = {*NEUTRAL, *IGNORED, *_Fields.known}
     for key, value in raw.items():
@@ -257,7 +259,7 @@ class _Fields:
 
 
 def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and {pattern: value} for the layers that differ: last names where they are exact."""
+    """The commonest value, and {pattern: value} for the layers that differ: last names if they are exact."""
     common = Counter(values.values()).most_common(1)[0][0]
     by_name: dict[str, set[Any]] = {}
     for path, value in values.items():

@@ -1,9 +1,10 @@
 """Which layers a configuration means, in a given model.
 
-The rules are PEFT's (`check_target_module_exists`), so that a file means the same modules there and here: a
-name in a list matches a path that equals it or ends in "." + name; a string is a regular expression for the
-whole path; `exclude` wins. "all-linear" is every linear layer but the output head. The refusal is ours: a name
-that matches nothing is an error that says what exists; a typo would otherwise silently train fewer layers.
+The rules are PEFT's (`check_target_module_exists`), so that a file means the same modules there and here:
+a name in a list matches a path that equals it or ends in "." + name; a string is a regular expression for
+the whole path; `exclude` wins. "all-linear" is every linear layer but the output head. The refusal is
+ours: a name that matches nothing is an error that says what exists; a typo would otherwise silently train
+fewer layers.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _described(config: LoRAConfig) -> str:
 
 
 def refuse_shared(layers: Mapping[str, nn.Module], chosen: Sequence[str]) -> None:
-    """Raise AdapterError if one of the chosen layers is in the model at two paths: both would have to change."""
+    """Raise AdapterError if a chosen layer is in the model at two paths: both would have to change."""
     paths_of: dict[int, list[str]] = {}
     for path, layer in layers.items():
         paths_of.setdefault(id(layer), []).append(path)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..models.errors import ModelError
-from ..models.gguf_file import convert_gguf
+from ..models.gguf_convert import convert_gguf
 from .errors import PullError
 from .home import exclusive, models_home, new_folder
 

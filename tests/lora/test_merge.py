@@ -98,7 +98,7 @@ def test_to_dense_keeps_the_bias(quantized_class):
 
 
 def test_the_result_is_an_ordinary_model(llama, ids, fill_b, tmp_path):
-    """`save_pretrained` and `from_pretrained` of transformers take the merged model as they take any other."""
+    """transformers saves and loads the merged model as it does any other."""
     attach(llama, CONFIG)
     fill_b(llama)
     merge(llama)

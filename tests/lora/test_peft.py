@@ -1,4 +1,4 @@
-"""Both ways against peft itself: our folders in its loader, its folders in ours, and its layer against our layer."""
+"""Both ways against peft: our folders in its loader, its folders in ours, its training beside ours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.oracle
 
-# Both sides compute float32 products of the same numbers; ours scales h and adds in place where peft scales the
-# product, so sums differ in their last bits. The logits are of size 1.
+# Both sides compute float32 products of the same numbers; ours scales h and adds in place where peft
+# scales the product, so sums differ in their last bits. The logits are of size 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 
 CASES = [
@@ -147,7 +147,7 @@ def test_training_follows_peft(make_llama, ids, tmp_path, dtype):
     moved = sum(float(v.norm() ** 2) for k, v in mine.items() if "lora_B" in k) ** 0.5
     apart = sum(float((mine[k] - theirs[k]).norm() ** 2) for k in mine) ** 0.5
     assert moved > 0.05
-    # float32: last bits. bf16: the base's forward and backward round to 8 bits (4e-3) in both, at different places.
+    # float32: last bits. bf16: the base rounds to 8 bits (4e-3) both ways, which magnifies any difference.
     assert apart < (1e-5 if dtype == torch.float32 else 3e-2) * moved
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qlorag.models import gguf_file
+from qlorag.models import gguf_convert, gguf_file
 from qlorag.models.errors import ConfigError, ModelError, TokenizerError, WeightsError
-from qlorag.models.gguf_file import build_tokenizer, convert_gguf, read_gguf, unpermute_rotary
+from qlorag.models.gguf_convert import build_tokenizer, convert_gguf, unpermute_rotary
+from qlorag.models.gguf_file import read_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
@@ -222,7 +223,7 @@ def test_a_large_model_becomes_shards_that_hold_the_same(
     from safetensors.torch import load_file
 
     whole = load_file(convert_gguf(tiny_gguf, tmp_path / "one") / "model.safetensors")
-    monkeypatch.setattr(gguf_file, "_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(gguf_convert, "_SHARD_BYTES", 40_000)
     folder = convert_gguf(tiny_gguf, tmp_path / "many")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in folder.glob("*.safetensors"))

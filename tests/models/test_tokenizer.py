@@ -30,19 +30,23 @@ CHATML = (
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
     "{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
-    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 FAMILIES = {
     "chatml": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "byte", "<|im_end|>"),
@@ -254,7 +258,7 @@ def test_a_long_word_takes_linear_time(tok: Tokenizer) -> None:
         return time.process_time() - began
 
     seconds(1000)
-    # 8 times the text; a quadratic cost would take 64 times as long. Half of that leaves room for a busy machine.
+    # 8 times the text; a quadratic cost would take 64 times as long. Half of that leaves room for noise.
     assert seconds(250_000) < 32 * max(seconds(31_250), 0.02)
 
 
@@ -502,7 +506,8 @@ def test_generation_blocks_are_what_is_learned(folder: Path, tmp_path: Path) -> 
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
     tok = load_tokenizer(tmp_path)
     ids, mask = tok.chat_with_mask(CHAT)
@@ -565,7 +570,7 @@ def test_special_text_in_messages_stays_text(family: Path) -> None:
     ids, mask = tok.chat_with_mask(INJECTED)
     assert ids == tok.chat(INJECTED, add_generation_prompt=False)
     assert sum(i in tok.special_ids for i in ids) == count
-    # Nothing is lost: the text is what the template wrote, and the turn ends at the template's token, not the user's.
+    # Nothing is lost: the text is what the template wrote, and the turn ends at the template's own token.
     text = tok.chat_text(INJECTED, add_generation_prompt=False)
     decoded = tok.decode(ids, skip_special=False)
     assert decoded.replace(" ", "") == text.replace(" ", "")
@@ -576,7 +581,7 @@ def test_special_text_in_messages_stays_text(family: Path) -> None:
 
 
 def test_protected_encoding_equals_one_call(family: Path) -> None:
-    """The cut-and-join path, forced by text that ends like a special token begins, on the chats of the one-call path."""
+    """Cut and joined, which text that ends as a special token begins brings about, or whole: the same ids."""
     tok = load_tokenizer(family)
     tail = FAMILIES[family.name][1][-1][0]  # "<" or "["
     chat = [{**m, "content": m["content"] + " " + tail} for m in CHAT]
@@ -675,7 +680,7 @@ def test_no_template(folder: Path, tmp_path: Path) -> None:
 
 
 def test_label_mask_at_the_edges() -> None:
-    # "ab| c|d": a token that straddles the start is learned; one that ends there is not; an empty one at the start is.
+    # A token that straddles the start is learned, one that ends there is not, an empty one at the start is.
     assert label_mask([(0, 1), (1, 3), (3, 4), (4, 5)], [(2, 4)]) == [False, True, True, False]
     assert label_mask([(0, 2), (2, 2), (2, 3), (3, 3), (3, 4)], [(2, 3)]) == [False, True, True, False, False]
     # Byte-level offsets of a lone space are empty at its end: it covers the space all the same.

@@ -1,4 +1,4 @@
-"""Training rows: what is accepted, what each becomes, what is refused and how, and in which order a run sees them."""
+"""Training rows: what is accepted, what it becomes, what is refused and how, and the order of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 CHATML = (
-    "{% for m in messages %}{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools were given') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools were given') }}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.name + ':' + call.function.arguments | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{{ call.function.name + ':' + call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -301,7 +303,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         "tools is an object, wanted a list",
     ),
     "arguments": (
-        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}\n',
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{x"}}]}]}\n',
         r"messages\[0\]\.tool_calls\[0\]\.function\.arguments is not JSON",
     ),
     "surrogate": (b'{"text": "\\ud83d"}\n', "text holds half of a surrogate pair"),
@@ -340,7 +342,7 @@ def test_empty_and_hopeless_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"train\.jsonl: no rows, it is empty"):
             read_rows(path)
     path.write_text("nope\n{\n")
-    with pytest.raises(DataError, match="no rows, all 2 are invalid, the first: .*:1: not JSON"):
+    with pytest.raises(DataError, match=r"no rows, all 2 are invalid, the first: .*:1: not JSON"):
         read_rows(path, skip_invalid=True)
 
 

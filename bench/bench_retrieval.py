@@ -3,9 +3,9 @@
     python bench/bench_retrieval.py [--n 50000] [--dim 384] [--queries 200] [--k 10] [--M 16] [--ef 128]
 
 The vectors are clustered as those of texts are (random centres, noise around them), from a fixed seed.
-Queries are asked one at a time, as questions come. A store's search includes reading the vectors and texts of the
-hits from SQLite, hnswlib's does not. Recall is against float64 brute force in numpy; a wrong exact result
-ends the run. "open" is opening and the first search, which loads what later ones keep in memory.
+Queries are asked one at a time, as questions come. A store's search includes reading the vectors and
+texts of the hits from SQLite, hnswlib's does not. Recall is against float64 brute force in numpy; a wrong
+exact result ends the run. "open" is opening and the first search, which loads what later ones keep in memory.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def main() -> None:
 
     machine = platform.processor() or platform.machine()
     print(
-        f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
-        f"python {platform.python_version()}, numpy {np.__version__}, hnswlib {version('hnswlib')}, SQLite {sqlite3.sqlite_version}"
+        f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; python {platform.python_version()}"
     )
+    print(f"numpy {np.__version__}, hnswlib {version('hnswlib')}, SQLite {sqlite3.sqlite_version}")
     print(
         f"n={n} dim={args.dim} k={args.k} M={args.M} ef_construction={config.ef_construction} ef={args.ef}\n"
     )

@@ -7,8 +7,8 @@ Two things differ between the formats and are undone on the way:
 * *The tokenizer.* GGUF names the text splitter (`tokenizer.ggml.pre`) but does not describe it. A name this
   file does not know is refused: the wrong splitter would give wrong ids without any error.
 
-Left out: other architectures, biases, SentencePiece vocabularies, rotary scaling, mixtures of experts. Each is
-refused by name. The container itself, and how little of it is trusted: `gguf_file`.
+Left out: other architectures, biases, SentencePiece vocabularies, rotary scaling, mixtures of experts. Each
+is refused by name. The container itself, and how little of it is trusted: `gguf_file`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ cannot overflow. The advisories against GGUF readers (CVE-2025-53630, CVE-2026-2
 about counts and products of dims that were believed. This is why the header is read here, and the `gguf`
 library is asked only for what it knows best: the block layouts, and decoding a slice of a tensor.
 
-What the metadata and the tensors mean is `gguf_convert`'s subject. Left out: arrays of arrays, big-endian files,
-models split over several files. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+What the metadata and the tensors mean is `gguf_convert`'s subject. Left out: arrays of arrays, big-endian
+files, models split over several files. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

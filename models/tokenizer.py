@@ -108,9 +108,8 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> RawTokenizer:
         plain = RawTokenizer.from_str(self._raw.to_str())
-        plain.encode_special_tokens = (
-            True  # the library's name for: special tokens' text is encoded like any other
-        )
+        # The library's name for: the text of a special token is encoded like any other text.
+        plain.encode_special_tokens = True
         return plain
 
     @cached_property

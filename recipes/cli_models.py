@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .assemble import DTYPES, assemble
+from .assemble import assemble, pick_dtype
 from .cli_train import add_model_flags
 from .display import Display, size
 from .errors import UsageError
@@ -24,10 +24,9 @@ def register(verbs: Any) -> None:
 
     p = verbs.add_parser("fuse", help="write an adapter into its base model", formatter_class=formatter)
     p.set_defaults(run=run_fuse)
-    add_model_flags(p)
+    add_model_flags(p, dtype="bfloat16")
     p.add_argument("--adapter-path", required=True, help="the adapter")
     p.add_argument("--save-path", required=True, help="folder for the fused model; must not exist")
-    p.add_argument("--save-dtype", default="bfloat16", choices=list(DTYPES), help="dtype of the saved weights")
     p.add_argument(
         "--de-quantize",
         action="store_true",
@@ -56,7 +55,7 @@ def run_fuse(args: argparse.Namespace, display: Display) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"--save-path {target}: already there and not empty: choose another folder or remove it")
     it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
-    report = fuse(it, target, dtype=DTYPES[args.save_dtype])
+    report = fuse(it, target, dtype=pick_dtype(args.dtype))
     saved = sum(p.stat().st_size for p in target.iterdir())
     against = f"decoded {it.quantize} weights" if it.quantize else "dense weights"
     display.say(report)

@@ -58,11 +58,11 @@ def register(verbs: Any) -> None:
     p.add_argument("--skip-invalid", action="store_true", help="leave out rows that cannot be read, and count them")
 
 
-def add_model_flags(p: argparse.ArgumentParser) -> None:
+def add_model_flags(p: argparse.ArgumentParser, *, dtype: str = "auto") -> None:
     """The flags that say which model, and how it is held."""
     p.add_argument("--model", required=True, help="a model folder, or a name that `qlorag pull` knows")
     p.add_argument("--quantize", choices=["nf4", "fp4", "none"], help="hold the projections in 4 bits")
-    p.add_argument("--dtype", default="auto", help="of arithmetic and dense weights: auto, bfloat16, float16, float32")
+    p.add_argument("--dtype", default=dtype, help="of arithmetic and dense weights: auto, bfloat16, float16, float32")
 
 
 def add_lora_flags(p: argparse.ArgumentParser) -> None:

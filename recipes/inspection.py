@@ -11,7 +11,7 @@ import torch
 
 from ..kernels import nf4
 from ..lora import adapter_info
-from ..models import Checkpoint, decoder_config, load_model, load_tokenizer, read_config
+from ..models import Checkpoint, SafetensorsFile, decoder_config, load_model, load_tokenizer, read_config
 from ..models.config import FAMILIES
 from ..quant import QuantizedLinear
 from ..retrieval import Store
@@ -101,13 +101,15 @@ def _quantized(folder: Path, kind: str) -> dict[str, Any]:
 
 def _adapter(path: Path, display: Display) -> dict[str, Any]:
     info = adapter_info(path)
+    tensors = SafetensorsFile(path / "adapter_model.safetensors").entries.values()
+    parameters = sum(math.prod(e.shape) for e in tensors)
     quantized = "not recorded" if info.quantize is None else ", ".join(f"{k}={v}" for k, v in info.quantize.items())
     display.table(
         ["", str(path)],
         [
             ("adapter", f"LoRA r={info.config.r} alpha={info.config.alpha:g} dropout={info.config.dropout:g}"),
             ("layers", f"{len(info.layers)}: {', '.join(sorted({n.rpartition('.')[2] for n in info.layers}))}"),
-            ("parameters", count(info.parameters)),
+            ("parameters", count(parameters)),
             ("base", f"{info.base_name or 'not named'}, fingerprint {(info.base_fingerprint or 'not recorded')[:16]}"),
             ("base quantized", quantized if info.base_fingerprint else "not recorded"),
         ],
@@ -117,7 +119,7 @@ def _adapter(path: Path, display: Display) -> dict[str, Any]:
         "r": info.config.r,
         "alpha": info.config.alpha,
         "layers": len(info.layers),
-        "parameters": info.parameters,
+        "parameters": parameters,
         "base": info.base_name,
         "base_fingerprint": info.base_fingerprint,
         "quantize": info.quantize,

@@ -102,17 +102,14 @@ class Store:
         exact_below: int = EXACT_BELOW,
         hnsw: HnswConfig | None = None,
     ) -> Store:
-        """Open the store in folder `path`; unless `read_only`, make it if there is none, and be its one
-        writer.
+        """Open the store in a folder; unless `read_only`, make it if there is none and be its one writer.
 
         embedder:      list[str] -> float32 [n, D]; without it, only `add` and `search` are refused.
-        embedder_id:   a fingerprint of the embedder: weights, tokenizer, pooling. Needed to make a store or
-                       to embed.
-        dim:           D, if known: a store of another dimension is refused at once instead of at the first
-                       vector.
-        chunk_size, chunk_overlap: in tokens, as `split_text`; fixed when the store is made (256, 20). Give a
-                                   size that
-                       fits the embedder's window: of a longer chunk the embedder sees only the beginning.
+        embedder_id:   a fingerprint of the embedder (weights, tokenizer, pooling); needed to make a store.
+        dim:           D, if known: a store of another dimension is refused now, not at the first vector.
+        chunk_size:    in tokens, fixed when the store is made (256). Give one that fits the embedder's window:
+                       of a longer chunk the embedder sees only the beginning.
+        chunk_overlap: in tokens, fixed when the store is made (20, or less if chunk_size is not above it).
         count_tokens:  the embedder's own counter makes these exact; by default words are counted.
         exact_below:   number of chunks from which searches go through HNSW.
         Raises StoreNotFoundError, LockedError, ReadOnlyError, CorruptStoreError, FormatVersionError.
@@ -136,9 +133,7 @@ class Store:
                     )
                 size = CHUNK_SIZE if chunk_size is None else chunk_size
                 overlap = min(CHUNK_OVERLAP, size - 1) if chunk_overlap is None else chunk_overlap
-                split_text(
-                    "", size=size, overlap=overlap
-                )  # refuses impossible settings before anything is made
+                split_text("", size=size, overlap=overlap)  # refuses impossible settings
                 create_database(file, embedder_id=embedder_id, chunk_size=size, chunk_overlap=overlap)
             store = cls(
                 folder,

@@ -595,6 +595,14 @@ def test_protected_encoding_equals_one_call(family: Path) -> None:
     assert encoded.offsets == one_call.offsets
 
 
+def test_no_space_is_put_before_words_inside_a_chat(tmp_path: Path) -> None:
+    make(tmp_path, "mistral")
+    (tmp_path / "chat_template.jinja").write_text("[INST]{{ messages[0].content }}[/INST]fox</s>")
+    tok = load_tokenizer(tmp_path)
+    protected = tok.chat([{"role": "user", "content": "fox["}])  # "[" begins "[INST]": cut and joined
+    assert protected == tok._raw.encode("[INST]fox[[/INST]fox</s>", add_special_tokens=False).ids
+
+
 def test_a_special_token_cannot_be_assembled_from_two_strings(
     tok: Tokenizer, tmp_path: Path, folder: Path
 ) -> None:
@@ -685,6 +693,7 @@ def test_label_mask_at_the_edges() -> None:
     assert label_mask([(0, 2), (2, 2), (2, 3), (3, 3), (3, 4)], [(2, 3)]) == [False, True, True, False, False]
     # Byte-level offsets of a lone space are empty at its end: it covers the space all the same.
     assert label_mask([(0, 1), (2, 2), (2, 3)], [(1, 3)]) == [False, True, True]
+    assert label_mask([(0, 1), (2, 2), (2, 3)], [(1, 2)]) == [False, True, False]
     # The three bytes of one character.
     assert label_mask([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [(1, 2)]) == [False, True, True, True, False]
     assert label_mask([(0, 1)], []) == [False]

@@ -409,9 +409,13 @@ def test_nothing_left_to_train_on(tok: Tokenizer) -> None:
         tokenize_rows([question], tok, max_tokens=1)
 
 
-def test_a_label_on_the_first_token_alone_teaches_nothing(base: Tokenizer) -> None:
-    examples, _ = tokenize_rows([Row(file="d", line=1, kind="text", text="ab")], base, max_tokens=2)
-    assert (len(examples[0].ids), examples[0].mask) == (2, [True, True])
+def test_a_label_on_the_first_token_alone_teaches_nothing(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, template=False)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**data, "post_processor": None}))
+    # Nothing is put before a text now, so the end token is all there is of an empty pair.
+    with pytest.raises(DataError, match="nothing to learn"):
+        tokenize_rows([pair("", "")], load_tokenizer(tmp_path), max_tokens=9)
 
 
 def test_skipping_what_the_template_refuses(tok: Tokenizer) -> None:

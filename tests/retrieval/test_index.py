@@ -146,6 +146,18 @@ def test_what_was_added_or_deleted_since_counts(copy, caplog):
     assert index_file(copy) == before and caplog.records == []
 
 
+def test_deleted_neighbours_make_room_for_others(tmp_path):
+    """The whole neighbourhood of the query is gone: the index has to look past it for k live ones."""
+    query = QUERIES[0]
+    by_distance = np.argsort(-(VECTORS @ query) / np.linalg.norm(VECTORS, axis=1))[:N]
+    with open_(tmp_path / "store") as store:
+        store.add([document(i, by_distance[i : i + 60]) for i in range(0, N, 60)])
+        store.build_index()
+        assert store.delete("u0")
+        got = [hit.text for hit in store.search_vector(query, k=10)]
+    assert got == [str(i) for i in by_distance[60:70]]
+
+
 def test_one_open_store_follows_every_change(copy):
     random = np.random.default_rng(3)
     alive = set(range(N))

@@ -1,0 +1,249 @@
+"""The command line as a user types it: every verb on small real files, JSON output, config files, one-line errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qlorag.models import load_model
+from qlorag.recipes.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ and an adapter trained on the last two blocks of a 4-bit base."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "data").mkdir()
+    rows = [{"prompt": f"say {w}", "completion": w} for w in ("yes", "no", "maybe")]
+    for name in ("train", "test"):
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = ["train", "--model", str(tiny_dir), "--data", str(root / "data"), "--quantize", "nf4", "--iters", "240",
+           "--batch-size", "3", "--learning-rate", "0.02", "--adapter-path", str(root / "adapter"), "--rank", "16",
+           "--lora-layers", "2", "--dtype", "float32", "--steps-per-report", "0"]  # fmt: skip
+    assert main(run) == 0
+    return root
+
+
+def said(capsys: Capture, status: int, *argv: object) -> tuple[str, str]:
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == status, capsys.readouterr()
+    out = capsys.readouterr()
+    return out.out, out.err
+
+
+def result(capsys: Capture, *argv: object) -> dict[str, Any]:
+    """Runs with --json: standard output must be one JSON document and nothing else."""
+    out, _ = said(capsys, 0, *argv, "--json")
+    value: dict[str, Any] = json.loads(out)
+    return value
+
+
+def test_train_wrote_what_it_promises(trained: Path) -> None:
+    names = {p.name for p in (trained / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png", "checkpoints"}
+    config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 16 and all(".layers.0." not in t for t in config["target_modules"])
+
+
+def test_evaluate(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
+    flags = ("evaluate", "--model", tiny_dir, "--data", trained / "data", "--dtype", "float32", "--max-tokens", 8)
+    base = result(capsys, *flags)
+    tuned = result(capsys, *flags, "--adapter-path", trained / "adapter")
+    assert tuned["loss"] < 0.2 < 1 < base["loss"]
+    assert tuned["perplexity"] == pytest.approx(2.718281828 ** tuned["loss"], rel=1e-6)
+    assert base["exact_match"] == 0 and tuned["exact_match"] == 1
+    assert [a["got"] for a in tuned["answers"]] == ["yes", "no", "maybe"]
+    out, _ = said(capsys, 0, *flags)
+    assert "answers that differ (3)" in out and "perplexity" in out
+
+
+def test_generate_prints_text_and_numbers(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
+    flags = ("generate", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32",
+             "--prompt", "say maybe", "--max-tokens", 9)  # fmt: skip
+    out, _ = said(capsys, 0, *flags)
+    assert out.startswith("maybe\n==========\nPrompt: ")
+    assert "Generation: " in out and "tokens-per-sec" in out and "Peak memory: " in out
+    assert result(capsys, *flags)["text"] == "maybe"
+    sampled = [result(capsys, *flags, "--temp", 2, "--seed", s)["text"] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_reads_standard_input(
+    trained: Path, tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("say yes"))
+    out, _ = said(capsys, 0, "generate", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--prompt", "-",
+                  "--dtype", "float32")  # fmt: skip
+    assert out.startswith("yes\n")
+
+
+def test_chat_keeps_the_conversation(
+    trained: Path, tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("say no\n/reset\nsay yes\n\n"))
+    value = result(capsys, "chat", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32")
+    assert [m["content"] for m in value["messages"]] == ["say yes", "yes"]
+
+
+def test_fuse_then_the_folder_alone(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    """From the 4-bit base: the fused folder answers as the adapter did, here and in transformers."""
+    out = tmp_path / "fused"
+    flags = ("fuse", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--save-path", out)
+    value = result(capsys, *flags, "--dtype", "float32", "--de-quantize")
+    assert value["quantize"] == "nf4" and len(value["layers"]) == 14
+    answer = result(capsys, "generate", "--model", out, "--prompt", "say maybe", "--dtype", "float32")
+    assert answer["text"] == "maybe"
+    from qlorag.recipes.assemble import assemble
+
+    ids = torch.tensor([[1, 50, 60, 70]])
+    with torch.no_grad():
+        adapted = assemble(str(tiny_dir), adapter_path=str(trained / "adapter"), dtype="float32").model(ids)
+        # W + s B A is formed once in float32 instead of two products: rounding only
+        torch.testing.assert_close(load_model(out, dtype=torch.float32)(ids), adapted, atol=1e-4, rtol=1e-4)
+    _, err = said(capsys, 1, *flags)
+    assert "already there and not empty" in err
+
+
+@pytest.mark.oracle
+def test_peft_applies_our_adapter(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, trained / "adapter")
+    from qlorag.recipes.assemble import assemble
+
+    ids = torch.tensor([[1, 50, 60, 70]])
+    ours = assemble(str(tiny_dir), adapter_path=str(trained / "adapter"), quantize="none", dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_inspect_says_what_each_folder_is(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
+    model = result(capsys, "inspect", tiny_dir)
+    assert model["kind"] == "model" and model["dtypes"] == {"F32": model["parameters"]}
+    adapter = result(capsys, "inspect", trained / "adapter")
+    assert adapter["kind"] == "adapter" and adapter["r"] == 16 and adapter["quantize"]["kind"] == "nf4"
+    assert adapter["base_fingerprint"] == model["fingerprint"]
+    data = result(capsys, "inspect", trained / "data", "--model", tiny_dir)
+    assert data["files"]["train.jsonl"]["rows"] == 3 and data["files"]["train.jsonl"]["trained_tokens"] > 0
+    assert result(capsys, "inspect", "--backends")["backends"]
+    out, _ = said(capsys, 0, "inspect", tiny_dir)
+    assert "3 layers, width 64, 4 heads over 2 KV heads" in out
+
+
+def test_show_mask(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
+    out, _ = said(capsys, 0, "train", "--model", tiny_dir, "--data", trained / "data", "--show-mask")
+    assert out == "<|im_start|>user\nsay yes<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n\n"
+
+
+def test_config_file_and_flags_over_it(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {tiny_dir}\nadapter_path: {trained / 'adapter'}\nprompt: say no\nmax-tokens: 9\nraw: false\ndtype: float32\n"
+    )
+    assert result(capsys, "generate", "--config", config)["text"] == "no"
+    assert result(capsys, "generate", "--config", config, "--prompt", "say yes")["text"] == "yes"
+    config.write_text("model: [a, {b: c}]\n")
+    assert "wanted plain values" in said(capsys, 1, "generate", "--config", config)[1]
+    config.write_text("- a\n")
+    assert "holds a list" in said(capsys, 1, "generate", "--config", config)[1]
+    config.write_text("a: b: c\n")
+    assert "not YAML" in said(capsys, 1, "generate", "--config", config)[1]
+    assert "cannot be read" in said(capsys, 1, "generate", "--config", tmp_path / "none.yaml")[1]
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "--model", "TINY", "--prompt", ""], ""),
+        (["generate", "--model", "TINY", "--prompt", "x", "--top-p", "2"], "--top-p=2.0, wanted in (0, 1]"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--max-tokens", "0"], "--max-tokens 0"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--dtype", "int4"], "--dtype int4: wanted auto"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--adapter-path", "nowhere"], "nowhere: no such folder"),
+        (["train", "--model", "TINY", "--data", "nowhere"], "train.jsonl"),
+        (["train", "--model", "TINY", "--data", "DATA", "--targets", "qproj"], "qproj"),
+        (["train", "--model", "TINY", "--data", "DATA", "--rank", "0"], "r=0"),
+        (["train", "--model", "TINY", "--data", "DATA", "--iters", "0"], "iters=0, wanted at least 1"),
+        (["evaluate", "--model", "TINY", "--data", "nowhere"], "nowhere"),
+        (["inspect", "EMPTY"], "EMPTY"),
+        (["inspect"], "give a folder"),
+        (["fuse", "--model", "TINY", "--adapter-path", "EMPTY", "--save-path", "OUT"], "adapter_model.safetensors"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    argv: list[str], wanted: str, trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "EMPTY").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {"TINY": str(tiny_dir), "DATA": str(trained / "data")}
+    status = 0 if argv[-1] == "" else 1  # an empty prompt is an empty user turn, which a chat template can hold
+    _, err = said(capsys, status, *(names.get(a, a) for a in argv))
+    if status:
+        assert err.startswith("qlorag: error: ") and err.count("\n") == 1 and wanted in err
+        assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["EMPTY"]
+
+
+def test_wrong_base_is_refused_with_both_fingerprints(
+    trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = copy_of(tiny_dir, tmp_path)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    _, err = said(capsys, 1, "generate", "--model", other, "--adapter-path", trained / "adapter", "--prompt", "x")
+    fingerprints = {result(capsys, "inspect", m)["fingerprint"][:12] for m in (tiny_dir, other)}
+    assert len(fingerprints) == 2 and all(f in err for f in fingerprints)
+
+
+def test_an_unknown_verb_or_flag_exits_with_2(capsys: Capture) -> None:
+    for argv in (["fly"], ["generate"], ["train", "--no-such"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 2
+
+
+@pytest.mark.model
+def test_index_search_ask(minilm_dir: Path, smollm2_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "bees.txt").write_text("A hive has one queen. Worker bees gather nectar and make honey from it.")
+    (documents / "tides.md").write_text("# Tides\n\nThe moon pulls the sea, so the water rises and falls twice a day.")
+    (documents / "broken.txt").write_bytes(b"\xff\xfe\x00bad\x80")
+    store = tmp_path / "store"
+    flags = ("--store", store, "--encoder", minilm_dir)
+    out, _ = said(capsys, 1, "index", documents, *flags)  # 1: one file was left out, and the others are in
+    assert "left out" in out and "broken.txt" in out and "2 documents added" in out
+    assert "already holds a store" in said(capsys, 1, "index", documents, *flags)[1]
+    (documents / "broken.txt").unlink()
+    assert result(capsys, "index", documents, *flags, "--append")["unchanged"] == 2
+    hits = result(capsys, "search", "why does the water level change at the beach?", *flags)["hits"]
+    assert hits[0]["uri"].endswith("tides.md")
+    text = (documents / "tides.md").read_text()
+    assert text[hits[0]["start"] : hits[0]["end"]] == hits[0]["text"]
+    ask = ("ask", *flags, "--model", smollm2_dir, "--max-tokens", 60)
+    answer = result(capsys, *ask, "What do worker bees make?", "--k", 1)
+    assert "honey" in answer["answer"] and answer["citations"] == [1]
+    assert answer["sources"][0]["uri"].endswith("bees.txt")
+    nothing = result(capsys, *ask, "zxqv 7719 blorp", "--score-threshold", 0.6)
+    assert nothing["answer"] == "I could not find this in the documents." and nothing["sources"] == []
+    assert result(capsys, "inspect", store)["kind"] == "store"

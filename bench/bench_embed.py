@@ -2,12 +2,12 @@
 
     python bench/bench_embed.py [--model DIR] [--texts 512] [--threads 2] [--repeats 5] [--json FILE]
 
-Texts of 20 to 150 words from Python's own documentation topics are embedded in float32 by both libraries, in one
-interleaved run, in a new order each round; figures are medians, the spread is the fastest and the slowest round.
-Both are given the same list and keep their own defaults (sentence-transformers: batches of 32, padded).
+Texts of 20 to 150 words from Python's own documentation topics are embedded in float32 by both libraries, in
+one interleaved run, in a new order each round; figures are medians, the spread is the slowest and the fastest
+round. Both are given the same list and keep their own defaults (sentence-transformers: batches of 32).
 
-GFLOP/s counts what the texts need and no padding: per token 2 (4 D^2 + 2 D F) a layer, and 4 L^2 D a layer for the
-attention of a text of L tokens. "of peak" is the share of what torch reached in the same rounds on a 2048^3
+GFLOP/s counts what the texts need and no padding: per token 2 (4 D^2 + 2 D F) a layer, and 4 L^2 D a layer for
+the attention of a text of L tokens. "of peak" is the share of what torch reached in the same rounds on a 2048^3
 float32 matrix product. Peak RSS is that of a fresh process that loads one library and embeds the list once.
 Nothing is timed before every pair of vectors agrees to a cosine of 0.99999.
 """
@@ -19,13 +19,12 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -73,7 +72,9 @@ def gflop(folder: Path, texts: list[str]) -> tuple[float, int]:
     return flop / 1e9, sum(lengths)
 
 
-def peak_rss_mib(library: str, folder: Path, count: int, threads: int) -> float:
+def peak_rss_mib(library: str, folder: Path, count: int, threads: int) -> float | None:
+    if not Path("/proc/self/status").exists():  # only Linux tells
+        return None
     command = [sys.executable, __file__, "--only", library, "--model", str(folder)]
     command += ["--texts", str(count), "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -81,8 +82,9 @@ def peak_rss_mib(library: str, folder: Path, count: int, threads: int) -> float:
 
 def only(library: str, folder: Path, texts: list[str]) -> None:
     LIBRARIES[library](folder)(texts)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    # Not getrusage: on Linux a child's ru_maxrss starts at its parent's size.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1024)
 
 
 def cpu_name() -> str:
@@ -165,26 +167,28 @@ def main() -> None:
         "device": cpu_name(),
         "threads": args.threads,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in packages},
         "texts": len(texts),
         "repeats": args.repeats,
         "dtype": "float32",
     } | measure(folder, texts, args.repeats, args.threads)
 
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    print(f"{result['device']}, {args.threads} threads; {versions}")
     print(
-        f"{result['device']}, {args.threads} threads; "
-        + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        f"{len(texts)} texts, {result['tokens']} tokens, {result['gflop']:.0f} GFLOP, float32; "
+        f"smallest cosine {result['cosine']:.7f}"
     )
-    print(f"{len(texts)} texts, {result['tokens']} tokens, {result['gflop']:.0f} GFLOP, float32; "
-          f"smallest cosine {result['cosine']:.7f}")  # fmt: skip
     print(f"{'':22} {'texts/s':>8} {'spread':>15} {'GFLOP/s':>8} {'of peak':>8} {'peak RSS':>10}")
     for name, row in result["libraries"].items():
         low, high = row["spread"]
-        print(f"{name:22} {row['texts_per_s']:8.1f} {low:7.1f}-{high:<7.1f} {row['gflop_per_s']:8.0f} "
-              f"{row['of_peak']:8.0%} {row['peak_rss_mib']:6.0f} MiB")  # fmt: skip
-    print(
-        f"{'matrix product (peak)':22} {result['limit_texts_per_s']:8.1f} {'':15} {result['gemm_peak_gflop_per_s']:8.0f}"
-    )
+        rss = "unknown" if row["peak_rss_mib"] is None else f"{row['peak_rss_mib']:.0f} MiB"
+        print(
+            f"{name:22} {row['texts_per_s']:8.1f} {f'{low:.1f}-{high:.1f}':>15} {row['gflop_per_s']:8.0f} "
+            f"{row['of_peak']:8.0%} {rss:>10}"
+        )
+    limit, peak = result["limit_texts_per_s"], result["gemm_peak_gflop_per_s"]
+    print(f"{'limit: matrix product':22} {limit:8.1f} {'':15} {peak:8.0f}")
     print(f"speed-up {result['speedup']:.2f}x (median of the rounds' ratios)")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -47,10 +47,9 @@ def main() -> None:
     wanted = brute_force(vectors, queries, args.k)
 
     machine = platform.processor() or platform.machine()
-    print(
-        f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; python {platform.python_version()}"
-    )
-    print(f"numpy {np.__version__}, hnswlib {version('hnswlib')}, SQLite {sqlite3.sqlite_version}")
+    print(f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    versions = {"numpy": np.__version__, "hnswlib": version("hnswlib"), "SQLite": sqlite3.sqlite_version}
+    print(f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(
         f"n={n} dim={args.dim} k={args.k} M={args.M} ef_construction={config.ef_construction} ef={args.ef}\n"
     )

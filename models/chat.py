@@ -109,9 +109,8 @@ class ChatEncoder:
         for text in texts if protected else ():
             if json.dumps(marks[0])[1:-1] in text:
                 raise TemplateError(
-                    f"{template.origin}: it escapes non-ASCII characters, so special-token text inside the "
-                    f"messages"
-                    " cannot be told from its own: remove that text, or pass parse_special=True"
+                    f"{template.origin}: it escapes non-ASCII characters, so special-token text in a message "
+                    "cannot be told from its own: remove that text, or pass parse_special=True"
                 )
         return Rendering(texts, marks, protected)
 

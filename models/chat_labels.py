@@ -127,9 +127,7 @@ def _not_a_beginning(template: ChatTemplate, chat: Rendering, i: int, text: str,
     )
     got, wanted = (unmarked(t[at : at + 30], chat.marks) or "the end" for t in (text, whole))
     return (
-        f"{template.origin}: it renders messages[{i}] (assistant) differently in the whole chat than {what} "
-        f"alone: at "
-        f"character {at} {got!r} against {wanted!r}, so its tokens cannot be told: put {{% generation %}} "
-        f"around the "
-        "assistant's text in the template, or train on chats that end with their only assistant turn"
+        f"{template.origin}: messages[{i}] (assistant) cannot be told from the rest, because {what} renders "
+        f"differently alone than in the whole chat, at character {at} {got!r} against {wanted!r}: put "
+        "{% generation %} around the assistant's text in the template, or train on chats of one assistant turn"
     )

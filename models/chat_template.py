@@ -10,7 +10,7 @@ other. There is no built-in template to fall back on: a guessed format gives pla
 nobody notices.
 
 A template is run by a child process under limits of processor time, memory and output (`template_worker` says
-why and how). It starts with the first render (about 0.1 s), serves all later ones (some 0.1 ms each), is
+why and how). It starts with the first render (about 0.1 s), serves all later ones (some 0.2 ms each), is
 replaced after it died, and ends with its owner.
 """
 
@@ -92,9 +92,7 @@ class ChatTemplate:
             message = " ".join(reply["error"].split())
             all_messages = reply["cut"] in (-1, max(n for n, _ in cuts))
             where = (
-                ""
-                if all_messages
-                else f" (in the first {reply['cut']} messages, rendered to find the labels)"
+                "" if all_messages else f" (in the first {reply['cut']} messages, rendered for their labels)"
             )
             raise TemplateError(f"{self.origin}: {message}{where}")
         texts: list[str] = reply["texts"]
@@ -119,9 +117,8 @@ class ChatTemplate:
             _stop(process, self._owner)
         if status == -signal.SIGPROF:
             raise TemplateError(
-                f"{self.origin}: it ran for more than {self.cpu_seconds:g} s of processor time and was "
-                f"ended: "
-                "shorten the messages or fix the template"
+                f"{self.origin}: it ran for more than {self.cpu_seconds:g} s of processor time: shorten the "
+                "messages or fix the template"
             )
         raise TemplateError(
             f"{self.origin}: the process that renders it ended with status {status}: try again"
@@ -176,15 +173,12 @@ class ChatTemplates:
                 return self._templates[name]
         if self._templates:
             raise TemplateError(
-                f"{self._folder}: its chat templates are named {', '.join(sorted(self._templates))} and none "
-                f"is "
-                '"default": name one of them so'
+                f"{self._folder}: its chat templates are named {', '.join(sorted(self._templates))} and "
+                'none is "default": name one of them so'
             )
         raise TemplateError(
-            f'{self._folder}: no chat template (chat_template.jinja, or "chat_template" in '
-            f"tokenizer_config.json): "
-            "a base model has none; give plain text instead of messages, or add the template the model was "
-            "trained with"
+            f"{self._folder}: no chat template (chat_template.jinja, or an entry in tokenizer_config.json): a "
+            "base model has none; give plain text instead of messages, or add the template it was trained with"
         )
 
 

@@ -83,9 +83,7 @@ class Tokenizer:
         self._path = path
         self._templates = templates
         self.special_tokens = dict(special)
-        self.special_ids = frozenset(
-            i for i, token in raw.get_added_tokens_decoder().items() if token.special
-        )
+        self.special_ids = frozenset(i for i, t in raw.get_added_tokens_decoder().items() if t.special)
         self.vocab_size = 1 + max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
         self.bos_id = self._special_id("bos_token")
         own = self._special_id("eos_token")
@@ -100,8 +98,7 @@ class Tokenizer:
         if found is None:
             raise TokenizerError(
                 f'{self._path.with_name("tokenizer_config.json")}: {name} is "{text}", which tokenizer.json '
-                f"does not "
-                "have: the two files belong to different models"
+                "does not have: the two files belong to different models"
             )
         return found
 
@@ -120,8 +117,7 @@ class Tokenizer:
         """The ids of `text`.
 
         parse_special: let special tokens written in the text become those tokens.
-        add_special:   add what tokenizer.json's post-processor adds around a text ("<s>", "[CLS]" ...
-                       "[SEP]").
+        add_special:   add what tokenizer.json's post-processor puts around a text ("<s>").
         Raises TokenizerError: the text holds a lone surrogate.
         """
         check_unicode(text)
@@ -153,10 +149,8 @@ class Tokenizer:
         if largest >= rows:
             token = self._raw.id_to_token(largest)
             raise TokenizerError(
-                f'{self._path}: token {largest} ("{token}") has no row in the model\'s embedding of {rows} '
-                f"rows: "
-                "tokenizer and model do not belong together, or the embedding was not resized after tokens "
-                "were added"
+                f'{self._path}: token {largest} ("{token}") has no row in the embedding of {rows} rows: use the '
+                "model's own tokenizer, or a model whose embedding was resized after tokens were added"
             )
 
     @property
@@ -285,7 +279,5 @@ def check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which is "
-            f"not "
-            r'Unicode text: decode it properly or use text.encode("utf-16", '
-            r'"surrogatepass").decode("utf-16", "replace")'
+            "not Unicode text: decode it properly"
         ) from error

@@ -80,8 +80,7 @@ def parse(data: Mapping[str, Any], path: Path) -> RawTokenizer:
             kind = f' of type "{value["type"]}"' if isinstance(value, dict) and "type" in value else ""
             raise TokenizerError(
                 f"{path}: {component}{kind} is not one that tokenizers {tokenizers.__version__} reads "
-                f"({reason}): "
-                "fetch the file again or upgrade tokenizers"
+                f"({reason}): fetch the file again or upgrade tokenizers"
             )
     raise TokenizerError(
         f"{path}: {problem}: fetch the file again or upgrade tokenizers {tokenizers.__version__}"

@@ -71,9 +71,12 @@ class Example:
 class TokenizeReport:
     """What became of the rows.
 
-    truncated, too_long, unlabelled, invalid: places ("file:line") of the rows that were cut at max_tokens;
-                                              dropped
-    because they are longer; dropped because nothing in them would be learned; left out under skip_invalid.
+    tokens, learned: of the examples; a label on a first token is not counted.
+    truncated:  places ("file:line") of the rows that were cut at max_tokens.
+    too_long:   of those dropped because they are longer.
+    unlabelled: of those dropped because nothing in them would be learned.
+    invalid:    of those left out under skip_invalid.
+    joined_plain: prompt and completion were joined without a chat template.
     """
 
     rows: int = 0
@@ -154,8 +157,7 @@ def tokenize_rows(
     if not examples:
         where = rows[0].file if rows else "data"
         raise DataError(
-            f"{where}: no row can be trained on ({report.summary()}): raise max_tokens={max_tokens} or mend "
-            f"the rows"
+            f"{where}: no row can be trained on ({report.summary()}): mend them or raise max_tokens={max_tokens}"
         )
     return examples, report
 

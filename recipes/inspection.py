@@ -36,11 +36,12 @@ def inspect_folder(name: str, display: Display, *, quantize: str | None, model: 
     raise UsageError(f"{name}: holds no config.json, adapter_config.json, store.sqlite3 or .jsonl file")
 
 
-def inspect_backends(display: Display) -> dict[str, str]:
+def inspect_backends(display: Display) -> list[dict[str, Any]]:
     """Which implementations of the 4-bit kernels can run here, and why the others cannot."""
     backends = nf4.available_backends()
-    display.table(["backend", "nf4 kernels"], backends.items())
-    return dict(backends)
+    rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
+    display.table(["operation", "backend", "runs here", "detail"], rows)
+    return [b._asdict() for b in backends]
 
 
 def _is_run(path: Path) -> bool:

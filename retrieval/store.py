@@ -107,7 +107,7 @@ class Store:
         embedder:      list[str] -> float32 [n, D]; without it, only `add` and `search` are refused.
         embedder_id:   a fingerprint of the embedder (weights, tokenizer, pooling); needed to make a store.
         dim:           D, if known: a store of another dimension is refused now, not at the first vector.
-        chunk_size:    in tokens, fixed when the store is made (256). Give one that fits the embedder's window:
+        chunk_size:    in tokens, fixed when the store is made (256); it should fit the embedder's window:
                        of a longer chunk the embedder sees only the beginning.
         chunk_overlap: in tokens, fixed when the store is made (20, or less if chunk_size is not above it).
         count_tokens:  the embedder's own counter makes these exact; by default words are counted.

@@ -30,7 +30,8 @@ def refused(source: str, **limits: Any) -> str:
 
 
 def test_variables_and_blocks() -> None:
-    source = "{% for m in messages %}\n  {% if 1 %}\n{{ bos_token }}\n  {% endif %}\n{{ m.content }}\n{% endfor %}\n"
+    source = "{% for m in messages %}\n  {% if 1 %}\n{{ bos_token }}\n  {% endif %}\n{{ m.content }}\n"
+    source += "{% endfor %}\n"
     # trim_blocks takes the line end after a tag, lstrip_blocks the spaces before one; the last line end goes.
     assert render(source, {**HI, "bos_token": "<s>"}) == "<s>\nhi\n"
 

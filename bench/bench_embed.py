@@ -6,9 +6,9 @@ Texts of 20 to 150 words from Python's own documentation topics are embedded in 
 one interleaved run, in a new order each round; figures are medians, the spread is the slowest and the fastest
 round. Both are given the same list and keep their own defaults (sentence-transformers: batches of 32).
 
-GFLOP/s counts what the texts need and no padding: per token 2 (4 D^2 + 2 D F) a layer, and 4 L^2 D a layer for
-the attention of a text of L tokens. "of peak" is the share of what torch reached in the same rounds on a 2048^3
-float32 matrix product. Peak RSS is that of a fresh process that loads one library and embeds the list once.
+GFLOP/s counts what the texts need, no padding: per layer 2 (4 D^2 + 2 D F) for a token, and 4 L^2 D for the
+attention of a text of L tokens. "of peak" is the share of what torch reached in the same rounds on a float32
+matrix product of 2048^3. Peak RSS is that of a fresh process that loads one library and embeds the list once.
 Nothing is timed before every pair of vectors agrees to a cosine of 0.99999.
 """
 

@@ -36,7 +36,7 @@ from .config import check_alpha, check_dropout, check_rank, scaling
 from .errors import AdapterError
 
 # Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing lies
-# between 100 and 150 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower
+# between 100 and 160 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower
 # it is higher.
 SHORT_INPUT = 128
 

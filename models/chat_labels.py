@@ -65,9 +65,7 @@ def encode_with_mask(
 def _turns(encoder: ChatEncoder, template: ChatTemplate, chat: Rendering, turns: Sequence[int]) -> list[Span]:
     """The spans, in the marked text, of the assistant's messages at the indices `turns`."""
     whole, *parts = chat.texts
-    outside = re.compile(
-        f"{chat.marks[0]}[^{chat.marks[1]}]*{chat.marks[1]}|(?P<special>{encoder.special.pattern})"
-    )
+    outside = re.compile(f"{chat.marks[0]}[^{chat.marks[1]}]*{chat.marks[1]}|(?P<special>{encoder.special.pattern})")
     spans = []
     for i, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
         for text, what in ((before, "what comes before it"), (after, "the chat up to it")):
@@ -122,12 +120,10 @@ def _unmarked_spans(chat: Rendering, spans: Sequence[Span]) -> list[Span]:
 
 def _not_a_beginning(template: ChatTemplate, chat: Rendering, i: int, text: str, what: str) -> str:
     whole = chat.texts[0]
-    at = next(
-        (n for n, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text))
-    )
+    at = next((n for n, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text)))
     got, wanted = (unmarked(t[at : at + 30], chat.marks) or "the end" for t in (text, whole))
     return (
-        f"{template.origin}: messages[{i}] (assistant) cannot be told from the rest, because {what} renders "
+        f"{template.origin}: messages[{i}] (assistant) cannot be told apart, because {what} renders "
         f"differently alone than in the whole chat, at character {at} {got!r} against {wanted!r}: put "
         "{% generation %} around the assistant's text in the template, or train on chats of one assistant turn"
     )

@@ -84,16 +84,12 @@ class ChatTemplate:
         try:
             line = json.dumps(request).encode("ascii") + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateError(
-                f"messages: not plain JSON ({error}): use dicts, lists, strings and numbers"
-            ) from error
+            raise TemplateError(f"messages: not plain JSON ({error}): use dicts, lists, strings and numbers") from error
         reply = json.loads(self._exchange(line))
         if "error" in reply:
             message = " ".join(reply["error"].split())
             all_messages = reply["cut"] in (-1, max(n for n, _ in cuts))
-            where = (
-                "" if all_messages else f" (in the first {reply['cut']} messages, rendered for their labels)"
-            )
+            where = "" if all_messages else f" (in the first {reply['cut']} messages, rendered for their labels)"
             raise TemplateError(f"{self.origin}: {message}{where}")
         texts: list[str] = reply["texts"]
         return texts
@@ -120,9 +116,7 @@ class ChatTemplate:
                 f"{self.origin}: it ran for more than {self.cpu_seconds:g} s of processor time: shorten the "
                 "messages or fix the template"
             )
-        raise TemplateError(
-            f"{self.origin}: the process that renders it ended with status {status}: try again"
-        )
+        raise TemplateError(f"{self.origin}: the process that renders it ended with status {status}: try again")
 
     def _running(self) -> subprocess.Popen[bytes]:
         process = self._process
@@ -134,9 +128,7 @@ class ChatTemplate:
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
                 )
             except OSError as error:
-                raise TemplateError(
-                    f"{self.origin}: no process could be started to render it: {error}"
-                ) from error
+                raise TemplateError(f"{self.origin}: no process could be started to render it: {error}") from error
             self._process, self._owner = process, os.getpid()
             weakref.finalize(self, _stop, process, self._owner)
         return process
@@ -177,8 +169,8 @@ class ChatTemplates:
                 'none is "default": name one of them so'
             )
         raise TemplateError(
-            f"{self._folder}: no chat template (chat_template.jinja, or an entry in tokenizer_config.json): a "
-            "base model has none; give plain text instead of messages, or add the template it was trained with"
+            f"{self._folder}: no chat template (chat_template.jinja, or one in tokenizer_config.json): a "
+            "base model has none; give plain text, not messages, or add the template it was trained with"
         )
 
 
@@ -205,9 +197,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TemplateError(
-            f"{path.name}: byte {error.start} is not UTF-8: save the template as UTF-8 text"
-        ) from error
+        raise TemplateError(f"{path.name}: byte {error.start} is not UTF-8: save the template as UTF-8 text") from error
 
 
 def _from_config(entry: Any) -> dict[str, str]:

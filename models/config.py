@@ -98,9 +98,7 @@ def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Decod
     kv_heads = get.size("num_key_value_heads", kv_default if "num_key_value_heads" not in raw else heads)
     head_dim = get.size("head_dim", 128 if family == "qwen3" else hidden // heads)
     if heads % kv_heads:
-        raise ConfigError(
-            f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
-        )
+        raise ConfigError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     if head_dim % 2:
         raise ConfigError(f"{source}: head_dim={head_dim} is odd: rotary embedding turns pairs of dimensions")
     max_positions = get.size("max_position_embeddings", 2048)

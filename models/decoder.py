@@ -73,13 +73,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)  # [B, H or KV, T, d]
         if lengths is not None:
-            parts = zip(q.split(list(lengths), 2), k.split(list(lengths), 2), v.split(list(lengths), 2), strict=True)
+            parts = zip(*(torch.split(t, list(lengths), dim=2) for t in (q, k, v)), strict=True)
             y = torch.cat([causal_attention(*part, window=self.window) for part in parts], dim=2)
         else:
             if cache is not None:
                 k, v = cache.append(layer, k, v)
             y = causal_attention(q, k, v, window=self.window)
-        return self.o_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+        return out
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
@@ -175,16 +176,12 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rope = Rope(config.rope, head_dim=config.head_dim)
 
-    def forward(
-        self, ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None) -> Tensor:
         """ids: int64 [B, T].  lengths, cache: as in `hidden`.  Returns logits [B, T, V]."""
         logits: Tensor = self.lm_head(self.hidden(ids, lengths=lengths, cache=cache))
         return logits
 
-    def hidden(
-        self, ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, *, lengths: Sequence[int] | None = None, cache: KVCache | None = None) -> Tensor:
         """What the head is applied to, [B, T, D].
 
         ids: int64 [B, T].

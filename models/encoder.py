@@ -30,7 +30,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, overload
@@ -49,18 +49,13 @@ from .pooling import SentenceFiles, read_sentence_files
 from .tokenizer_files import parse, read_tokenizer
 from .weights import Checkpoint
 
-_FAMILIES = {
-    "bert": False,
-    "roberta": True,
-    "xlm-roberta": True,
-    "camembert": True,
-}  # positions start after pad?
-_ACTIVATIONS: dict[str, str] = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# model_type -> whether positions are counted from the pad token's id.
+_FAMILIES = {"bert": False, "roberta": True, "xlm-roberta": True, "camembert": True}
+# hidden_act -> torch's name for the form of gelu: exact erf, or the tanh approximation.
+_ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 _WIDEST_BYTES = 16 << 20  # of the feed-forward intermediate: 2730 tokens of MiniLM's 1536 floats
-_TOKENIZE_AT_ONCE = (
-    1024  # texts; what the tokenizer returns weighs 100 bytes a token until its ids are copied
-)
+_TOKENIZE_AT_ONCE = 1024  # texts; a result weighs about 100 bytes a token until its ids are copied out
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class EncoderConfig:
     """What the mathematics depends on. Sizes count elements.
 
     first_position:  position of a text's first token; 0 for BERT, pad_token_id + 1 for RoBERTa's family.
-    gelu:            "none" is the exact erf form, "tanh" its approximation (torch's names).
+    gelu:            "none" is the exact erf form, "tanh" its approximation.
     """
 
     family: str
@@ -99,9 +94,7 @@ def encoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Encod
 
     family = raw.get("model_type")
     if family not in _FAMILIES:
-        raise ConfigError(
-            f"{source}: model_type={family!r} is not an encoder known here: {', '.join(_FAMILIES)}"
-        )
+        raise ConfigError(f"{source}: model_type={family!r} is not an encoder known here: {', '.join(_FAMILIES)}")
     for key, only in (
         ("position_embedding_type", "absolute"),
         ("is_decoder", False),
@@ -164,9 +157,8 @@ class EncoderLayer(nn.Module):
         start = 0
         for texts, tokens in groups:
             rows = slice(start, start + texts * tokens)
-            q, k, v = (
-                qkv[rows].view(texts, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            )  # [G, H, L, d]
+            split = qkv[rows].view(texts, tokens, 3, self.num_heads, -1)  # [G, L, 3, H, d]
+            q, k, v = split.permute(2, 0, 3, 1, 4)  # each [G, H, L, d]
             mixed = F.scaled_dot_product_attention(q, k, v)
             out[rows].view(texts, tokens, self.num_heads, -1).copy_(mixed.transpose(1, 2))
             start = rows.stop
@@ -220,17 +212,13 @@ class Encoder(nn.Module):
         self.embedding_norm = nn.LayerNorm(d, eps=config.norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, groups: Sequence[tuple[int, int]]
-    ) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The token vectors [T, D] after the last layer.
 
         ids, positions:  int64 [T], the texts end to end.
         groups:          (texts, tokens in each of them) in that order; the products sum to T.
         """
-        x: torch.Tensor = self.embedding_norm(
-            self.word(ids) + self.token_type.weight[0] + self.position(positions)
-        )
+        x: torch.Tensor = self.embedding_norm(self.word(ids) + self.token_type.weight[0] + self.position(positions))
         for layer in self.layers:
             x = layer(x, groups)
         return x
@@ -257,7 +245,8 @@ class Encoder(nn.Module):
         """
         prefix = self._prompt(prompt_name, prompt)
         ids = self.tokenize([prefix + text for text in _checked(texts)])
-        skip = 0 if self.pooling.include_prompt or not prefix else self._prompt_tokens(prefix)
+        prompt_tokens = self._prompt_tokens(prefix) if prefix else 0
+        skip = 0 if self.pooling.include_prompt else prompt_tokens
         if max_batch_tokens is None:
             max_batch_tokens = _WIDEST_BYTES // (self.config.intermediate_size * self.word.weight.itemsize)
         out = np.empty((len(ids), self.dim), np.float32)
@@ -280,9 +269,7 @@ class Encoder(nn.Module):
         device = self.word.weight.device
         groups = [(len(list(same)), tokens) for tokens, same in groupby(ids, key=len)]
         positions = np.concatenate([self._positions(i) for i in ids])
-        hidden = self(
-            torch.from_numpy(np.concatenate(ids)).to(device), torch.from_numpy(positions).to(device), groups
-        )
+        hidden = self(torch.from_numpy(np.concatenate(ids)).to(device), torch.from_numpy(positions).to(device), groups)
         if hidden.dtype in (torch.bfloat16, torch.float16):
             hidden = hidden.float()  # sums over a text's tokens need more than 8 bits
         sections = hidden.split([texts * tokens for texts, tokens in groups])
@@ -311,9 +298,7 @@ class Encoder(nn.Module):
         ]
         for i, row in enumerate(ids):
             if not len(row):
-                raise TokenizerError(
-                    f"text {i} has no tokens, and the tokenizer adds none of its own: leave it out"
-                )
+                raise TokenizerError(f"text {i} has no tokens, and the tokenizer adds none of its own: leave it out")
         return ids
 
     @overload
@@ -344,9 +329,7 @@ class Encoder(nn.Module):
         if name is None:
             return ""
         if name not in self.prompts:
-            raise ConfigError(
-                f"prompt_name={name!r} is not one of this encoder's prompts: {sorted(self.prompts)}"
-            )
+            raise ConfigError(f"prompt_name={name!r} is not one of this encoder's prompts: {sorted(self.prompts)}")
         return self.prompts[name]
 
     def _prompt_tokens(self, prefix: str) -> int:
@@ -359,9 +342,7 @@ class Encoder(nn.Module):
             after += 1
         tokens = len(encoding) - after
         if tokens + after >= self.max_tokens:
-            raise TokenizerError(
-                f"the prompt has {tokens} tokens, which leaves none of max_tokens={self.max_tokens}"
-            )
+            raise TokenizerError(f"the prompt has {tokens} tokens, which leaves none of max_tokens={self.max_tokens}")
         return tokens
 
 
@@ -380,11 +361,9 @@ def load_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> E
     if files.width not in (None, config.hidden_size):
         raise ConfigError(f"{source}: hidden_size={config.hidden_size}, but the pooling is for {files.width}")
     room = config.max_positions - config.first_position
-    max_tokens = room if files.max_seq_length is None else files.max_seq_length
+    max_tokens = files.max_seq_length or min(room, files.tokenizer_limit or room)
     if max_tokens > room:
-        raise ConfigError(
-            f"{source}: positions for {room} tokens, but the longest text is to have {max_tokens}"
-        )
+        raise ConfigError(f"{source}: positions for {room} tokens, but max_seq_length={max_tokens}: lower it")
 
     tokenizer = _load_tokenizer(files, config)
     if max_tokens <= tokenizer.num_special_tokens_to_add(False):
@@ -392,9 +371,10 @@ def load_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> E
     checkpoint = Checkpoint(files.transformer)
     meaning = {
         "weights": checkpoint.fingerprint(),
-        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "config": repr(config),
-        "pooling": repr(files.pooling),
+        "tokenizer": hashlib.sha256((files.transformer / "tokenizer.json").read_bytes()).hexdigest(),
+        "lower_case": files.lower_case,
+        "config": asdict(config),
+        "pooling": asdict(files.pooling),
         "normalize": files.normalize,
         "prompts": [files.prompts, files.default_prompt],
         "max_tokens": max_tokens,
@@ -457,9 +437,7 @@ def _stored_names(checkpoint: Checkpoint) -> dict[str, str]:
         if name == "embeddings.position_ids" or name.startswith(("pooler.", "cls.", "lm_head.")):
             continue
         if name in found:
-            raise WeightsError(
-                f"{checkpoint.folder}: {found[name]} and {stored} are the same tensor: remove one"
-            )
+            raise WeightsError(f"{checkpoint.folder}: {found[name]} and {stored} are the same tensor: remove one")
         found[name] = stored
     return found
 

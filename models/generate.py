@@ -61,7 +61,14 @@ class Generation:
     """An iterator over pieces of text; `stats`, `ids` and `text` grow as it runs."""
 
     def __init__(
-        self, model: Decoder, tok: Tokenizer, ids: list[int], *, max_tokens: int, sampling: Sampling, stop: Sequence[str]
+        self,
+        model: Decoder,
+        tok: Tokenizer,
+        ids: list[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
     ) -> None:
         self.prompt_ids = ids
         self.ids: list[int] = []
@@ -77,9 +84,7 @@ class Generation:
         self.text += piece
         return piece
 
-    def _run(
-        self, model: Decoder, tok: Tokenizer, max_tokens: int, sampler: Sampler, stop: list[str]
-    ) -> Iterator[str]:
+    def _run(self, model: Decoder, tok: Tokenizer, max_tokens: int, sampler: Sampler, stop: list[str]) -> Iterator[str]:
         held = _StopBuffer(stop)
         stream = tok.stream()
         for token in self._tokens(model, tok, max_tokens, sampler):
@@ -206,13 +211,13 @@ def prompt_ids(tok: Tokenizer, prompt: Prompt, *, system: str | None = None, raw
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
         return tok.chat([*messages, {"role": "user", "content": prompt}])
     if prompt and isinstance(prompt[0], int):
-        return [int(i) for i in prompt]  # type: ignore[arg-type, call-overload]
+        return [int(i) for i in prompt]  # type: ignore[arg-type]
     return tok.chat(list(prompt))  # type: ignore[arg-type]
 
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held resident, in bytes (on a CUDA device: the most that torch allocated)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

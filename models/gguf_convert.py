@@ -119,9 +119,7 @@ def _llama_tensors(file: GGUFFile, config: dict[str, Any]) -> dict[str, _Target]
     }
     layers, held = config["num_hidden_layers"], len(file.tensors)
     if layers * len(block) > held:  # before a list of that length is made
-        raise WeightsError(
-            f"{file.path}: llama.block_count={layers} needs {len(block)} tensors each, has {held}"
-        )
+        raise WeightsError(f"{file.path}: llama.block_count={layers} needs {len(block)} tensors each, has {held}")
     targets = {
         "token_embd.weight": _Target("model.embed_tokens.weight", (config["vocab_size"], width)),
         "output_norm.weight": _Target("model.norm.weight", (width,)),
@@ -152,16 +150,12 @@ def build_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
     """
     model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str)
     if model != "gpt2":
-        raise TokenizerError(
-            f"{file.path}: tokenizer.ggml.model={model!r}: only 'gpt2' (byte-level BPE) is read"
-        )
+        raise TokenizerError(f"{file.path}: tokenizer.ggml.model={model!r}: only 'gpt2' (byte-level BPE) is read")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=_prefix_space(file))  # GPT-2's pattern
     digits = pre_tokenizers.Digits(individual_digits=True)  # every digit alone
     splitters = {"gpt-2": byte_level, "smollm": pre_tokenizers.Sequence([digits, byte_level])}
     if pre not in splitters:
-        raise TokenizerError(
-            f"{file.path}: tokenizer.ggml.pre={pre!r}: only {', '.join(splitters)} are known"
-        )
+        raise TokenizerError(f"{file.path}: tokenizer.ggml.pre={pre!r}: only {', '.join(splitters)} are known")
 
     tokens = file.strings("tokenizer.ggml.tokens")
     types: list[int] = file.get("tokenizer.ggml.token_type", list, [_NORMAL] * len(tokens))
@@ -190,9 +184,7 @@ def build_tokenizer(file: GGUFFile) -> tokenizers.Tokenizer:
             raise TokenizerError(f"{file.path}: token {token!r} has type {kind}, which byte-level BPE lacks")
     if file.get("tokenizer.ggml.add_bos_token", bool, False):
         if (bos := file.token_id("bos")) is None:
-            raise TokenizerError(
-                f"{file.path}: add_bos_token is set, but tokenizer.ggml.bos_token_id is missing"
-            )
+            raise TokenizerError(f"{file.path}: add_bos_token is set, but tokenizer.ggml.bos_token_id is missing")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=["bos", "$A"],
             pair=["bos", "$A", "bos:1", "$B:1"],
@@ -253,9 +245,7 @@ def _write_weights(
         for name in names:
             target = targets[name]
             tensor = file.tensor(name, dtype)
-            tensors[target.name] = (
-                unpermute_rotary(tensor, target.rotary_heads) if target.rotary_heads else tensor
-            )
+            tensors[target.name] = unpermute_rotary(tensor, target.rotary_heads) if target.rotary_heads else tensor
             weight_map[target.name] = f"model{part}.safetensors"
             done += 1
             if progress:
@@ -266,9 +256,7 @@ def _write_weights(
         _write_json(out / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(
-    file: GGUFFile, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], out: Path
-) -> None:
+def _write_tokenizer(file: GGUFFile, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     tokens = file.strings("tokenizer.ggml.tokens")
     ids = {role: file.token_id(key) for role, key in _SPECIAL_ROLES.items()}

@@ -153,9 +153,7 @@ class _Header:
             raise ModelError(f"{self.path}: general.alignment={align!r}, expected a power of two")
         entries = dict(self.tensor_entry(index) for index in range(n_tensors))
         if len(entries) != n_tensors:
-            raise WeightsError(
-                f"{self.path}: {n_tensors - len(entries)} tensor names appear twice: damaged file"
-            )
+            raise WeightsError(f"{self.path}: {n_tensors - len(entries)} tensor names appear twice: damaged file")
         base = -(-self.at // align) * align
         tensors = {name: self.place(name, base, *entry) for name, entry in entries.items()}
         return GGUFFile(self.path, self.data, metadata, tensors)

@@ -61,9 +61,10 @@ def load_model(
         if quantize is not None and name in linears:
             # From the stored values, not from a copy rounded to the compute dtype.
             path = name.removesuffix(".weight")
-            bias = model.get_submodule(path).bias
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)  # `linears` names no others
             q = quantize_tensor(tensor, kind=quantize, block_size=block_size, double_quant=double_quant)
-            _put_module(model, path, QuantizedLinear.from_quantized(q, bias=bias))
+            _put_module(model, path, QuantizedLinear.from_quantized(q, bias=linear.bias))
         else:
             _put_parameter(model, name, tensor.to(dtype))
     if not head:
@@ -79,9 +80,7 @@ def _tie(model: Decoder, checkpoint: Checkpoint) -> bool:
         return True
     if head not in checkpoint or embed not in checkpoint:
         return False
-    if checkpoint.shape(head) == checkpoint.shape(embed) and torch.equal(
-        checkpoint.read(head), checkpoint.read(embed)
-    ):
+    if checkpoint.shape(head) == checkpoint.shape(embed) and torch.equal(checkpoint.read(head), checkpoint.read(embed)):
         return False
     warnings.warn(
         f"{checkpoint.folder}: config.json ties the head to the embedding, but {head} differs: keeping both",

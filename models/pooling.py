@@ -103,7 +103,8 @@ class SentenceFiles:
     width:           dimensions of a token vector by the pooling's file, or None when it does not say.
     normalize:       whether that one gets unit length.
     prompts:         {name: text}, and `default_prompt`, the name used when a caller names none.
-    max_seq_length:  tokens per text with [CLS] and [SEP], or None when no file says.
+    max_seq_length:  tokens per text, [CLS] and [SEP] included, or None when its file does not say.
+    tokenizer_limit: the same by the tokenizer's file; it counts only then, and only as far as positions go.
     lower_case:      texts are lower-cased before the tokenizer's own normalizer.
     """
 
@@ -114,6 +115,7 @@ class SentenceFiles:
     prompts: dict[str, str]
     default_prompt: str | None
     max_seq_length: int | None
+    tokenizer_limit: int | None
     lower_case: bool
 
 
@@ -128,22 +130,32 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     limits, source = _read_first(transformer, _LIMIT_FILES)
     task = limits.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
-        raise ConfigError(
-            f"{source}: transformer_task={task!r} is not implemented, only 'feature-extraction'"
-        )
+        raise ConfigError(f"{source}: transformer_task={task!r} is not implemented, only 'feature-extraction'")
     lower_case = limits.get("do_lower_case", False)
     if not isinstance(lower_case, bool):
         raise ConfigError(f"{source}: do_lower_case={lower_case!r}, wanted true or false")
-    limit = limits.get("max_seq_length")
-    if limit is None:  # newer folders say it here; 1e30 stands for "no limit"
-        config, source = _read_first(transformer, ("tokenizer_config.json",))
-        limit = config.get("model_max_length")
-        limit = None if isinstance(limit, (int, float)) and limit > 1e9 else limit
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise ConfigError(
-            f"{source}: the longest text is {limit!r} tokens, wanted a whole number of at least 1"
-        )
-    return SentenceFiles(transformer, pooling, width, normalize, prompts, default_prompt, limit, lower_case)
+    config, config_source = _read_first(transformer, ("tokenizer_config.json",))
+    tokenizer_limit = config.get("model_max_length")
+    if isinstance(tokenizer_limit, (int, float)) and tokenizer_limit > 1e9:
+        tokenizer_limit = None  # transformers writes 1e30 for "no limit"
+    max_seq_length = limits.get("max_seq_length")
+    for where, key, value in (
+        (source, "max_seq_length", max_seq_length),
+        (config_source, "model_max_length", tokenizer_limit),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{where}: {key}={value!r}, wanted a whole number of at least 1")
+    return SentenceFiles(
+        transformer=transformer,
+        pooling=pooling,
+        width=width,
+        normalize=normalize,
+        prompts=prompts,
+        default_prompt=default_prompt,
+        max_seq_length=max_seq_length,
+        tokenizer_limit=tokenizer_limit,
+        lower_case=lower_case,
+    )
 
 
 def _read_modules(folder: Path) -> tuple[Path, Pooling, int | None, bool]:
@@ -153,8 +165,7 @@ def _read_modules(folder: Path) -> tuple[Path, Pooling, int | None, bool]:
     if modules is None:
         return folder, Pooling(), None, False
     if not isinstance(modules, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("type"), str) and isinstance(m.get("path"), str)
-        for m in modules
+        isinstance(m, dict) and isinstance(m.get("type"), str) and isinstance(m.get("path"), str) for m in modules
     ):
         raise ConfigError(f"{source}: wanted a list of objects with type and path")
     kinds = [m["type"].rpartition(".")[2] for m in modules]
@@ -180,9 +191,7 @@ def _check_normalize(source: Path) -> None:
             None,
             "sentence_embedding",
         ):
-            raise ConfigError(
-                f"{source}: {key}={value!r} is not implemented: only sentence_embedding is normalised"
-            )
+            raise ConfigError(f"{source}: {key}={value!r} is not implemented: only sentence_embedding is normalised")
 
 
 def _read_pooling(source: Path) -> tuple[Pooling, int | None]:
@@ -220,9 +229,7 @@ def _read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise ConfigError(f"{source}: prompts={prompts!r}, wanted an object of name to text")
     if default is not None and default not in prompts:
-        raise ConfigError(
-            f"{source}: default_prompt_name={default!r} is not among prompts: {sorted(prompts)}"
-        )
+        raise ConfigError(f"{source}: default_prompt_name={default!r} is not among prompts: {sorted(prompts)}")
     return prompts, default
 
 

@@ -42,9 +42,7 @@ class Rope:
         """positions: int64 [T].  Returns cos and sin, each [T, head_dim] in dtype; angles are float32 until then."""
         inv_freq = self._inv_freq
         if self._by_length and positions.numel():
-            inv_freq = inverse_frequencies(
-                self.config, head_dim=self.head_dim, length=int(positions.max()) + 1
-            )
+            inv_freq = inverse_frequencies(self.config, head_dim=self.head_dim, length=int(positions.max()) + 1)
         angles = positions.to(torch.float32)[:, None] * inv_freq.to(positions.device)[None, :]  # [T, d/2]
         angles = torch.cat((angles, angles), dim=-1)  # [T, d]
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
@@ -57,7 +55,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def inverse_frequencies(config: RopeConfig, *, head_dim: int, length: int) -> Tensor:
-    """inv_freq, float32 [head_dim / 2], on the CPU even while a model is built on meta.  length: tokens in the sequence; only dynamic and longrope look at it.
+    """inv_freq, float32 [head_dim / 2], on the CPU even while a model is built on meta.
+
+    length: tokens in the sequence; only dynamic and longrope look at it.
 
     Raises ConfigError: longrope's factor lists do not have head_dim / 2 entries.
     """

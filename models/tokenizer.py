@@ -52,9 +52,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     config = read_object(folder / "tokenizer_config.json")
     special = special_strings(config, read_object(folder / "special_tokens_map.json"))
     eos_ids = token_ids(folder, "eos_token_id")
-    return Tokenizer(
-        raw, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path
-    )
+    return Tokenizer(raw, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path)
 
 
 class Tokenizer:
@@ -149,7 +147,7 @@ class Tokenizer:
         if largest >= rows:
             token = self._raw.id_to_token(largest)
             raise TokenizerError(
-                f'{self._path}: token {largest} ("{token}") has no row in the embedding of {rows} rows: use the '
+                f'{self._path}: token {largest} ("{token}") has no row in the model\'s {rows} rows: use the '
                 "model's own tokenizer, or a model whose embedding was resized after tokens were added"
             )
 

@@ -53,9 +53,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     """
     data = read_object(path)
     if not data:
-        others = [
-            name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (path.parent / name).exists()
-        ]
+        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (path.parent / name).exists()]
         beside = f"; {', '.join(others)} alone is not enough" if others else ""
         raise TokenizerError(
             f"{path}: missing or empty{beside}: fetch it, or convert the tokenizer once with transformers' "
@@ -82,9 +80,7 @@ def parse(data: Mapping[str, Any], path: Path) -> RawTokenizer:
                 f"{path}: {component}{kind} is not one that tokenizers {tokenizers.__version__} reads "
                 f"({reason}): fetch the file again or upgrade tokenizers"
             )
-    raise TokenizerError(
-        f"{path}: {problem}: fetch the file again or upgrade tokenizers {tokenizers.__version__}"
-    )
+    raise TokenizerError(f"{path}: {problem}: fetch the file again or upgrade tokenizers {tokenizers.__version__}")
 
 
 def _problem(data: Mapping[str, Any]) -> RawTokenizer | str:
@@ -112,9 +108,7 @@ def special_strings(config: Mapping[str, Any], special_map: Mapping[str, Any]) -
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise TokenizerError(
-                    f"{file}: {name} is {value!r}: wanted a string or an object with content"
-                )
+                raise TokenizerError(f"{file}: {name} is {value!r}: wanted a string or an object with content")
             found[name] = text
             break
     return found
@@ -133,8 +127,6 @@ def token_ids(folder: Path, field: str) -> tuple[int, ...]:
             continue
         ids = value if isinstance(value, list) else [value]
         if not ids or any(type(i) is not int or i < 0 for i in ids):
-            raise TokenizerError(
-                f"{folder / name}: {field} is {value!r}: wanted a token id or a list of token ids"
-            )
+            raise TokenizerError(f"{folder / name}: {field} is {value!r}: wanted a token id or a list of token ids")
         return tuple(ids)
     return ()

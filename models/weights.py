@@ -93,7 +93,7 @@ class SafetensorsFile:
             )
         out = torch.empty(entry.shape, dtype=dtype)
         if entry.end > entry.begin:
-            self._pread_into(memoryview(out.view(-1).view(torch.uint8).numpy()), entry.begin, name)
+            self._pread_into(out.view(-1).view(torch.uint8).numpy().data, entry.begin, name)
         return out
 
     def _pread_into(self, buffer: memoryview, offset: int, name: str) -> None:
@@ -188,9 +188,7 @@ def _laid_out(entries: dict[str, Entry], *, data_start: int, file_size: int) -> 
         numel = math.prod(e.shape)
         bits = numel * DTYPE_BITS[e.dtype]
         if numel >= 2**64 or bits >= 2**64 or bits % 8 or bits // 8 != e.end - e.begin:
-            raise _HeaderError(
-                f"{name}: {e.dtype} {list(e.shape)} does not fill data_offsets [{e.begin}, {e.end}]"
-            )
+            raise _HeaderError(f"{name}: {e.dtype} {list(e.shape)} does not fill data_offsets [{e.begin}, {e.end}]")
         position = e.end
         out[name] = Entry(e.dtype, e.shape, data_start + e.begin, data_start + e.end)
     if data_start + position != file_size:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..lora import load_adapter, adapter_info
+from ..lora import adapter_info, load_adapter
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
 from .errors import UsageError
 from .pull import resolve_model
@@ -65,6 +65,6 @@ def pick_dtype(name: str) -> torch.dtype:
 
 def _has_fast_bfloat16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16") or cpu.get("arm_bf16"))

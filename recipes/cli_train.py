@@ -36,7 +36,7 @@ def register(verbs: Any) -> None:
     p.add_argument("--warmup", type=float, default=d.warmup, help="fraction of the steps that warm up")
     p.add_argument("--weight-decay", type=float, default=d.weight_decay, help="AdamW's")
     p.add_argument("--clip", type=float, default=d.clip, help="largest gradient norm, 0 for none")
-    p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are refused")
+    p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are cut")
     p.add_argument("--steps-per-report", type=int, default=10, help="steps between printed lines")
     p.add_argument("--steps-per-eval", type=int, default=50, help="steps between validations, 0 for none")
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 for none")
@@ -52,7 +52,7 @@ def register(verbs: Any) -> None:
     add_model_flags(p)
     p.add_argument("--data", required=True, help="folder with test.jsonl, or the file itself")
     p.add_argument("--adapter-path", help="adapter to evaluate; none evaluates the model itself")
-    p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are refused")
+    p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are cut")
     p.add_argument("--max-tokens", type=int, default=64, help="tokens generated for an exact match")
     p.add_argument("--no-generate", action="store_true", help="loss and perplexity only")
     p.add_argument("--skip-invalid", action="store_true", help="leave out rows that cannot be read, and count them")
@@ -104,9 +104,7 @@ def train(args: argparse.Namespace, display: Display) -> int:
     if args.show_mask:
         display.console.print(show_mask(examples[0], base.tok))
         return 0
-    run = TrainingRun(
-        base, examples, valid, lora=lora, settings=settings, out=out, name=args.model, resume_from=newest
-    )
+    run = TrainingRun(base, examples, valid, lora=lora, settings=settings, out=out, name=args.model, resume_from=newest)
     status = run.go(
         display,
         report=args.steps_per_report,
@@ -134,11 +132,9 @@ def _starting_point(out: Path, *, resume: bool, overwrite: bool) -> Path | None:
     return None
 
 
-def _examples(
-    args: argparse.Namespace, base: Assembled, display: Display
-) -> tuple[list[Example], list[Example]]:
+def _examples(args: argparse.Namespace, base: Assembled, display: Display) -> tuple[list[Example], list[Example]]:
     folder = Path(args.data)
-    sets = []
+    sets: list[list[Example]] = []
     for name in ("train", "valid"):
         path = folder / f"{name}.jsonl"
         if name == "valid" and not path.exists():
@@ -154,7 +150,7 @@ def read_examples(path: Path, args: argparse.Namespace, base: Assembled, display
     if skipped:
         display.say(f"{path}: kept {len(rows)} rows, skipped {len(skipped)} that could not be read", style="yellow")
     examples, report = tokenize_rows(rows, base.tok, max_tokens=args.max_seq_length)
-    if report.dropped:
+    if report.dropped or report.truncated or report.joined_plain:
         display.say(f"{path}: {report.summary()}", style="yellow")
     return examples
 

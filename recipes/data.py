@@ -156,9 +156,7 @@ def tokenize_rows(
     report.kept = len(examples)
     if not examples:
         where = rows[0].file if rows else "data"
-        raise DataError(
-            f"{where}: no row can be trained on ({report.summary()}): mend them or raise max_tokens={max_tokens}"
-        )
+        raise DataError(f"{where}: no row can be trained on ({report.summary()}): mend them or raise max_tokens")
     return examples, report
 
 

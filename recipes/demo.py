@@ -93,7 +93,9 @@ def _fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:
     kept_before, _ = _ask(it, KEPT, display)
 
     display.heading("3. QLoRA on twelve rows")
-    train, valid = (tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], it.tok, max_tokens=512)[0] for n in ("train", "valid"))
+    train, valid = (
+        tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], it.tok, max_tokens=512)[0] for n in ("train", "valid")
+    )
     run = TrainingRun(it, train, valid, lora=LORA, settings=SETTINGS, out=out / "adapter", name=MODEL)
     if run.go(display, report=10, evaluate=20, save=0, keep=1):
         raise KeyboardInterrupt
@@ -119,7 +121,9 @@ def _ask_documents(documents: Path, out: Path, display: Display) -> dict[str, An
     with open_store(out / "store", encoder, chunk_size=64, chunk_overlap=0) as store:
         store.add(read_documents([documents], relative_to=documents).documents)
         stats = store.stats()
-        display.say(f"{stats.documents} documents, {stats.chunks} chunks of at most 64 tokens, {encoder.dim} dimensions")
+        display.say(
+            f"{stats.documents} documents, {stats.chunks} chunks of at most 64 tokens, {encoder.dim} dimensions"
+        )
         hits = store.search(RELATION, k=3, score_threshold=0.2)
     it = assemble(MODEL)
     alone, rate = _ask(it, RELATION, display)

@@ -25,9 +25,7 @@ class Display:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.console = (
-            self.progress_console if as_json else Console(highlight=False, soft_wrap=True, markup=True)
-        )
+        self.console = self.progress_console if as_json else Console(highlight=False, soft_wrap=True, markup=True)
 
     def say(self, text: object = "", *, style: str | None = None) -> None:
         """One line or more of plain text; square brackets in it are not markup."""

@@ -30,5 +30,3 @@ def fuse(it: Assembled, save_path: str | Path, *, dtype: torch.dtype = torch.bfl
             it.model.set_submodule(path, to_dense(layer, dtype))
     save_model(it.model, save_path, source=it.folder, dtype=dtype)
     return report
-
-

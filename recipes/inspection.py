@@ -71,7 +71,10 @@ def _model(folder: Path, display: Display, quantize: str | None) -> dict[str, An
     if raw.get("model_type") in FAMILIES:
         c = decoder_config(raw, source=str(folder / "config.json"))
         rows[1:1] = [
-            ("shape", f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads over {c.num_kv_heads} KV heads"),
+            (
+                "shape",
+                f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads over {c.num_kv_heads} KV heads",
+            ),
             ("vocabulary", f"{c.vocab_size}, head {'tied to the embedding' if c.tied_head else 'of its own'}"),
             ("context", f"{c.max_positions} tokens, RoPE {c.rope.kind} with theta {c.rope.theta:g}"),
         ]

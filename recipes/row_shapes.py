@@ -58,9 +58,7 @@ def fields_of(row: Mapping[str, Any]) -> dict[str, Any]:
                 raise Fault(f'"{key}" is missing, its keys are {", ".join(map(repr, row))}: add it')
         if isinstance(row["prompt"], str):
             texts = [_string(row[key], key) for key in ("prompt", "completion")]
-            messages = tuple(
-                {"role": r, "content": t} for r, t in zip(("user", "assistant"), texts, strict=True)
-            )
+            messages = tuple({"role": r, "content": t} for r, t in zip(("user", "assistant"), texts, strict=True))
             return {"kind": "completion", "messages": messages}
         chat = (*_messages(row["prompt"], "prompt"), *_messages(row["completion"], "completion"))
     else:
@@ -127,9 +125,7 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
                     function["arguments"], object_pairs_hook=unique_keys, parse_constant=refuse_constant
                 )
             except (ValueError, RecursionError) as error:
-                raise Fault(
-                    f"{where}[{i}].function.arguments is not JSON ({error}): give a JSON object"
-                ) from error
+                raise Fault(f"{where}[{i}].function.arguments is not JSON ({error}): give a JSON object") from error
             call = {**call, "function": {**function, "arguments": arguments}}
         calls.append(call)
     return calls
@@ -141,9 +137,7 @@ def _string(value: Any, where: str, *, empty: bool = True) -> str:
     if not value and not empty:
         raise Fault(f"{where} is empty: remove the row")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Fault(
-            rf"{where} holds half of a surrogate pair (\ud800 ... \udfff), which is not Unicode text: mend it"
-        )
+        raise Fault(rf"{where} holds half of a surrogate pair (\ud800 ... \udfff), which is not Unicode text: mend it")
     return value
 
 

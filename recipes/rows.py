@@ -122,9 +122,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, bool]]:
 def _parse(line: bytes | None, *, complete: bool, file: str, number: int) -> Row:
     try:
         if line is None:
-            raise Fault(
-                f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: one row a line, split long documents"
-            )
+            raise Fault(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: one row a line, split long documents")
         row = _decode(line, complete=complete)
         return Row(file=file, line=number, **fields_of(row))
     except Fault as fault:
@@ -140,9 +138,7 @@ def _decode(line: bytes, *, complete: bool) -> dict[str, Any]:
         raise Fault("nested too deeply: a row is one flat object") from error
     except ValueError as error:
         if not complete:
-            raise Fault(
-                "the last line is cut off (no line end, no valid JSON): complete or remove it"
-            ) from error
+            raise Fault("the last line is cut off (no line end, no valid JSON): complete or remove it") from error
         raise Fault(f"not JSON ({error}): write one JSON object a line") from error
     if not isinstance(row, dict):
         raise Fault(f"got {kind_of(row)}, wanted an object: {SHAPES}")

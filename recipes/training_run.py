@@ -1,9 +1,9 @@
 """A training run: the trainer, the folder that receives everything it makes, and the person who watches.
 
-    ADAPTER_PATH/
-        adapter_config.json, adapter_model.safetensors   the finished adapter, as PEFT reads it
-        metrics.jsonl, loss.png                          what was measured
-        checkpoints/step-0000050/                        what `--resume` goes on from
+ADAPTER_PATH/
+    adapter_config.json, adapter_model.safetensors   the finished adapter, as PEFT reads it
+    metrics.jsonl, loss.png                          what was measured
+    checkpoints/step-0000050/                        what `--resume` goes on from
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from rich.progress import TextColumn
+from torch import nn
 
 from ..lora import LoRAConfig, attach, load_adapter, save_adapter, trainable_parameters
 from ..quant import QuantizedLinear
@@ -156,9 +157,7 @@ class TrainingRun:
         return loss
 
     def _checkpoint(self, keep: int) -> None:
-        save_checkpoint(
-            self.trainer, self.out, settings=self.recorded, save_adapter=self.save_adapter, keep=keep
-        )
+        save_checkpoint(self.trainer, self.out, settings=self.recorded, save_adapter=self.save_adapter, keep=keep)
 
     @staticmethod
     def _rate(metrics: Path, first: int) -> float:
@@ -166,11 +165,9 @@ class TrainingRun:
         return float(sum(e["tokens"] for e in steps) / sum(e["seconds"] for e in steps))
 
 
-def parameter_count(model: Any) -> int:
+def parameter_count(model: nn.Module) -> int:
     """Logical parameters of a model, packed weights counted by their elements, a tied head once."""
-    packed = sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)
-    )
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     return packed + sum(p.numel() for p in model.parameters())
 
 
@@ -228,8 +225,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(n, handler)
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere nobody presses ctrl-C
-        for n in (signal.SIGINT, signal.SIGTERM):
-            previous[n] = signal.signal(n, note)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:

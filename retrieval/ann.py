@@ -76,15 +76,11 @@ class HnswIndex:
         self._dead: Int64 = np.empty(0, np.int64)
 
     @classmethod
-    def build(
-        cls, batches: Iterable[tuple[Int64, Float32]], *, count: int, dim: int, config: HnswConfig
-    ) -> HnswIndex:
+    def build(cls, batches: Iterable[tuple[Int64, Float32]], *, count: int, dim: int, config: HnswConfig) -> HnswIndex:
         """Insert `count` >= 1 unit vectors, on all cores: with several, no two graphs are the same."""
         # Of unit vectors the inner product is the cosine, and "ip" keeps the vectors as they are.
         index = hnswlib.Index(space="ip", dim=dim)
-        index.init_index(
-            max_elements=count, M=config.M, ef_construction=config.ef_construction, random_seed=100
-        )
+        index.init_index(max_elements=count, M=config.M, ef_construction=config.ef_construction, random_seed=100)
         for ids, rows in batches:
             index.add_items(rows, ids)
         return cls(index, config)

@@ -100,9 +100,7 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
     with translated_errors(path):
         # Autocommit: transactions are begun explicitly. A reader may have to wait while another recovers the
         # WAL.
-        connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None, timeout=30
-        )
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None, timeout=30)
         try:
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA synchronous = FULL")
@@ -147,9 +145,7 @@ def translated_errors(path: Path) -> Iterator[None]:
         if type(error) is sqlite3.DatabaseError or "decode to UTF-8" in text:
             raise CorruptStoreError(f"{path}: damaged ({text}): {_RESTORE}") from error
         if "readonly" in text:
-            raise ReadOnlyError(
-                f"{path}: {text}: open the store for writing where it can be written"
-            ) from error
+            raise ReadOnlyError(f"{path}: {text}: open the store for writing where it can be written") from error
         advice = "free some space" if "full" in text else "check that the folder can be used"
         raise StoreError(f"{path}: {text}: {advice} and repeat, this step changed nothing") from error
 
@@ -184,9 +180,7 @@ def _check_contents(path: Path, connection: sqlite3.Connection) -> dict[str, str
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if application_id != _APPLICATION_ID or "meta" not in tables:
-        raise CorruptStoreError(
-            f"{path}: a SQLite database, but not a store of this library: choose another folder"
-        )
+        raise CorruptStoreError(f"{path}: a SQLite database, but not a store of this library: choose another folder")
     meta: dict[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
     if meta.get("format_version") != str(FORMAT_VERSION):
         raise FormatVersionError(

@@ -106,9 +106,7 @@ def read_documents(
     return report
 
 
-def read_document(
-    path: str | Path, *, relative_to: str | Path | None = None, max_bytes: int = MAX_BYTES
-) -> Document:
+def read_document(path: str | Path, *, relative_to: str | Path | None = None, max_bytes: int = MAX_BYTES) -> Document:
     """One file as a Document, `metadata={"name": file name}`.
 
     Raises DocumentError: not a regular file, unreadable, empty, too big, binary, or not UTF-8; the message

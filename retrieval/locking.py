@@ -36,8 +36,7 @@ class WriterLock:
             holder = os.pread(self._descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(self._descriptor)
             raise LockedError(
-                f"{path}: process {holder} is writing to this store: wait for it to end, "
-                "or open with read_only=True"
+                f"{path}: process {holder} is writing to this store: wait for it to end, or open with read_only=True"
             ) from error
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)

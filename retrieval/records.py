@@ -94,9 +94,7 @@ def write_document(
 
 def write_metadata(db: sqlite3.Connection, uri: str, metadata: str) -> bool:
     """Replace a document's metadata; False if it was the same already."""
-    cursor = db.execute(
-        "UPDATE documents SET metadata = ? WHERE uri = ? AND metadata <> ?", (metadata, uri, metadata)
-    )
+    cursor = db.execute("UPDATE documents SET metadata = ? WHERE uri = ? AND metadata <> ?", (metadata, uri, metadata))
     return cursor.rowcount > 0
 
 
@@ -119,9 +117,7 @@ def load_hits(db: sqlite3.Connection, found: Sequence[tuple[int, float]]) -> lis
     documents: dict[int, tuple[str, str, str, dict[str, object]]] = {}
     hits = []
     for chunk_id, score in found:
-        span = db.execute(
-            "SELECT document_id, start_char, end_char FROM chunks WHERE id = ?", (chunk_id,)
-        ).fetchone()
+        span = db.execute("SELECT document_id, start_char, end_char FROM chunks WHERE id = ?", (chunk_id,)).fetchone()
         if span is None:
             raise CorruptStoreError(f"vectors: chunk {chunk_id} is in no document: index the documents again")
         document_id, start, end = span
@@ -130,15 +126,11 @@ def load_hits(db: sqlite3.Connection, found: Sequence[tuple[int, float]]) -> lis
                 "SELECT uri, sha256, text, metadata FROM documents WHERE id = ?", (document_id,)
             ).fetchone()
             if row is None:
-                raise CorruptStoreError(
-                    f"chunks: chunk {chunk_id} has no document: index the documents again"
-                )
+                raise CorruptStoreError(f"chunks: chunk {chunk_id} has no document: index the documents again")
             documents[document_id] = (row[0], row[1], row[2], json.loads(row[3]))
         uri, sha256, text, metadata = documents[document_id]
         if end > len(text):
-            raise CorruptStoreError(
-                f"{uri}: chunk {chunk_id} ends at {end} of {len(text)}: index the document again"
-            )
+            raise CorruptStoreError(f"{uri}: chunk {chunk_id} ends at {end} of {len(text)}: index the document again")
         hits.append(Hit(text[start:end], score, uri, start, end, sha256, metadata, chunk_id))
     return hits
 

@@ -50,9 +50,7 @@ class Searcher:
         """How the last search was answered."""
         return "exact" if self._index is None else "hnsw"
 
-    def top_k(
-        self, connection: sqlite3.Connection, query: NDArray[np.float64], k: int
-    ) -> list[tuple[int, float]]:
+    def top_k(self, connection: sqlite3.Connection, query: NDArray[np.float64], k: int) -> list[tuple[int, float]]:
         """The k best (chunk id, cosine), best first, ties by id. query: unit float64 [D]."""
         self._follow(connection)
         query32 = query.astype(np.float32)
@@ -76,9 +74,7 @@ class Searcher:
         chunks = _count(connection)
         if chunks < max(1, self._exact_below) or self._unreachable:
             return False
-        return self._index is None or (
-            self._index.dead + self._block.ids.size > _STALE * self._index.ids.size
-        )
+        return self._index is None or (self._index.dead + self._block.ids.size > _STALE * self._index.ids.size)
 
     def build(self, connection: sqlite3.Connection) -> str:
         """Build and publish the index; its SHA-256, or "" if there is nothing to build or no room for it.
@@ -102,9 +98,7 @@ class Searcher:
         remove_other_indexes(self._folder, keep=self._sha256)
 
     def _follow(self, connection: sqlite3.Connection) -> None:
-        meta = dict(
-            connection.execute("SELECT key, value FROM meta WHERE key IN ('change_seq', 'index_sha256')")
-        )
+        meta = dict(connection.execute("SELECT key, value FROM meta WHERE key IN ('change_seq', 'index_sha256')"))
         seq = int(meta["change_seq"])
         if seq == self._seen:
             return
@@ -118,9 +112,7 @@ class Searcher:
     def _use_index(self, connection: sqlite3.Connection, sha256: str) -> None:
         if sha256 != self._sha256 or self._index is None:
             try:
-                self._index = load_index(
-                    self._folder, trusted_sha256=sha256, dim=self._dim, config=self._config
-                )
+                self._index = load_index(self._folder, trusted_sha256=sha256, dim=self._dim, config=self._config)
             except UnusableIndexError as error:
                 level = logging.WARNING if sha256 else logging.INFO  # never built is no fault
                 log.log(level, "%s: no usable HNSW index, doing without: %s", self._folder, error)
@@ -130,9 +122,7 @@ class Searcher:
         if self._block.after != self._index.last_id:
             self._block = Block(self._dim, after=self._index.last_id)
         if self._index.live != _count(connection, up_to=self._index.last_id):
-            rows = connection.execute(
-                "SELECT id FROM chunks WHERE id <= ?", (self._index.last_id,)
-            ).fetchall()
+            rows = connection.execute("SELECT id FROM chunks WHERE id <= ?", (self._index.last_id,)).fetchall()
             self._index.keep_only(np.array([chunk_id for (chunk_id,) in rows], dtype=np.int64))
 
     def _use_block(self) -> None:

@@ -116,9 +116,7 @@ class Store:
         Raises EmbedderMismatchError: the store holds another embedder's vectors, or chunks of another size.
         """
         if embedder is not None and not embedder_id:
-            raise EmbedderError(
-                "embedder_id is missing: give a fingerprint that changes when the embedder does"
-            )
+            raise EmbedderError("embedder_id is missing: give a fingerprint that changes when the embedder does")
         folder = Path(path)
         file = folder / DATABASE
         lock = None if read_only else WriterLock(folder)
@@ -128,9 +126,7 @@ class Store:
                 if read_only:
                     raise StoreNotFoundError(f"{file}: no store here: index some documents into it first")
                 if not embedder_id:
-                    raise EmbedderError(
-                        f"{folder}: a new store needs an embedder_id: name the embedder it is for"
-                    )
+                    raise EmbedderError(f"{folder}: a new store needs an embedder_id: name the embedder it is for")
                 size = CHUNK_SIZE if chunk_size is None else chunk_size
                 overlap = min(CHUNK_OVERLAP, size - 1) if chunk_overlap is None else chunk_overlap
                 split_text("", size=size, overlap=overlap)  # refuses impossible settings
@@ -149,9 +145,7 @@ class Store:
                 lock.release()
             raise
         try:
-            store._check_settings(
-                embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap
-            )
+            store._check_settings(embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
         except BaseException:
             store.close()
             raise
@@ -304,9 +298,7 @@ class Store:
 
     def _require_embedder(self) -> Embedder:
         if self._embedder is None:
-            raise EmbedderError(
-                f"{self._folder}: opened without an embedder: pass embedder= and embedder_id="
-            )
+            raise EmbedderError(f"{self._folder}: opened without an embedder: pass embedder= and embedder_id=")
         return self._embedder
 
     def _searcher_for(self, dim: int) -> Searcher:
@@ -333,9 +325,7 @@ class Store:
         if self._closed:
             raise StoreError(f"{self._folder}: the store is closed: open it again")
         if self._lock is None:
-            raise ReadOnlyError(
-                f"{self._folder}: the store is open for reading: open it without read_only=True"
-            )
+            raise ReadOnlyError(f"{self._folder}: the store is open for reading: open it without read_only=True")
 
     def _check_settings(self, **wanted: object) -> None:
         """Refuse an embedder or chunk settings other than those of the stored vectors; None asks for

@@ -47,9 +47,7 @@ def check_vectors(vectors: Any, *, count: int, dim: int | None, what: str) -> Fl
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if bad.size:
         kind = "all zeros" if lengths[bad[0]] == 0 else "NaN or inf"
-        raise EmbedderError(
-            f"{what}: the embedder's vector {bad[0]} of {count} is {kind}: nothing was stored"
-        )
+        raise EmbedderError(f"{what}: the embedder's vector {bad[0]} of {count} is {kind}: nothing was stored")
     return result
 
 
@@ -69,9 +67,7 @@ def read_vectors(connection: sqlite3.Connection, *, after: int, dim: int) -> Ite
     Raises CorruptStoreError: a stored vector has another length than dim, or is not a vector that `add`
     accepts.
     """
-    cursor = connection.execute(
-        "SELECT chunk_id, vector FROM vectors WHERE chunk_id > ? ORDER BY chunk_id", (after,)
-    )
+    cursor = connection.execute("SELECT chunk_id, vector FROM vectors WHERE chunk_id > ? ORDER BY chunk_id", (after,))
     while rows := cursor.fetchmany(_READ_BATCH):
         yield _decode(rows, dim)
 
@@ -82,26 +78,20 @@ def read_chosen(connection: sqlite3.Connection, ids: Int64, *, dim: int) -> tupl
     for at in range(0, ids.size, 500):  # old builds of SQLite take at most 999 parameters
         part = [int(chunk_id) for chunk_id in ids[at : at + 500]]
         marks = ", ".join("?" * len(part))
-        rows += connection.execute(
-            f"SELECT chunk_id, vector FROM vectors WHERE chunk_id IN ({marks})", part
-        ).fetchall()
+        rows += connection.execute(f"SELECT chunk_id, vector FROM vectors WHERE chunk_id IN ({marks})", part).fetchall()
     return _decode(rows, dim)
 
 
 def _decode(rows: list[tuple[int, bytes]], dim: int) -> tuple[Int64, Float32]:
     for chunk_id, blob in rows:
         if not isinstance(blob, bytes) or len(blob) != 4 * dim:
-            raise CorruptStoreError(
-                f"vectors: chunk {chunk_id} has not {4 * dim} bytes: index its document again"
-            )
+            raise CorruptStoreError(f"vectors: chunk {chunk_id} has not {4 * dim} bytes: index its document again")
     ids = np.array([chunk_id for chunk_id, _ in rows], dtype=np.int64)
     values = np.frombuffer(b"".join(blob for _, blob in rows), dtype="<f4").reshape(-1, dim)
     lengths = _lengths(values)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if bad.size:
-        raise CorruptStoreError(
-            f"vectors: chunk {ids[bad[0]]} is NaN, inf or zeros: index its document again"
-        )
+        raise CorruptStoreError(f"vectors: chunk {ids[bad[0]]} is NaN, inf or zeros: index its document again")
     return ids, unit(values)
 
 

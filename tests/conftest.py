@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +80,8 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(3)
     model = Decoder(decoder_config(raw))
-    weights = {n: p.detach() * (1 if "norm" in n else 0.5) for n, p in model.named_parameters() if n != "lm_head.weight"}
+    weights = {
+        n: p.detach() * (1 if "norm" in n else 0.5) for n, p in model.named_parameters() if n != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,4 +1,4 @@
-"""The house's own rules: every package listed, arrows only downward, rooms that can be lifted out, no oracle imported."""
+"""The house's own rules: packages listed, arrows only downward, rooms that can be lifted out, no oracle imported."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_python_folder_is_listed() -> None:
 
 @pytest.mark.parametrize("room", [r for r in ROOMS if r != "recipes"])
 def test_a_room_can_be_lifted_out(room: str, tmp_path: Path) -> None:
-    """Copied with the rooms its row names into another package, a room imports there, without oracles, triton or GPU."""
+    """Copied with the rooms its row names into another package, a room imports there, without oracles or triton."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "__init__.py").touch()
     for name in {room, *MAY_IMPORT[room]}:
@@ -115,9 +115,7 @@ def test_every_dependency_is_imported_and_explained() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     declared = tomllib.loads(text)["project"]["dependencies"]
     names = {d.split(">")[0].split(";")[0].strip() for d in declared}
-    imported = {
-        m.split(".")[0] for room in ROOMS for p in sources(room) for level, m, _ in imports(p) if not level
-    }
+    imported = {m.split(".")[0] for room in ROOMS for p in sources(room) for level, m, _ in imports(p) if not level}
     modules = {"pyyaml": "yaml"}
     # triton's kernels come with the next stage; its requirement is the owner's.
     assert {n for n in names if modules.get(n, n) not in imported} <= {"triton"}

@@ -50,9 +50,7 @@ def test_half_precision_errs_no_more_than_torch(dtype: torch.dtype) -> None:
     hidden, weight, labels = torch.randn(64, 96), torch.randn(500, 96) * 0.2, torch.randint(0, 500, (64,))
     exact = reference(hidden.to(dtype).double(), weight.to(dtype).double(), labels)
     ours = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels)
-    theirs = torch.nn.functional.cross_entropy(
-        (hidden.to(dtype) @ weight.to(dtype).T).float(), labels, reduction="sum"
-    )
+    theirs = torch.nn.functional.cross_entropy((hidden.to(dtype) @ weight.to(dtype).T).float(), labels, reduction="sum")
     assert ours.dtype == torch.float32
     assert abs(ours - exact) <= 2 * abs(theirs - exact) + 1e-3
 
@@ -67,8 +65,18 @@ def test_extreme_logits_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("hidden", "weight", "labels", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64), r"hidden \[2, 3\] and weight \[5, 4\]"),
-        (torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(3, dtype=torch.int64), r"labels \[3\], wanted one for each of 2"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(5, 4),
+            torch.zeros(2, dtype=torch.int64),
+            r"hidden \[2, 3\] and weight \[5, 4\]",
+        ),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(5, 3),
+            torch.zeros(3, dtype=torch.int64),
+            r"labels \[3\], wanted one for each of 2",
+        ),
         (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 5]), "labels reach 5, the vocabulary ends at 4"),
         (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, -100]), "labels reach"),
     ],

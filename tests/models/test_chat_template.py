@@ -40,9 +40,7 @@ def test_loop_controls_tojson_and_globals() -> None:
     assert render("{% for i in range(9) %}{{ i }}{% if i == 2 %}{% break %}{% endif %}{% endfor %}") == "012"
     value = {"a": "<é>", "b": [1, None]}
     assert render("{{ v | tojson }}", {**HI, "v": value}) == json.dumps(value, ensure_ascii=False)
-    assert render("{{ v | tojson(indent=2) }}", {**HI, "v": value}) == json.dumps(
-        value, ensure_ascii=False, indent=2
-    )
+    assert render("{{ v | tojson(indent=2) }}", {**HI, "v": value}) == json.dumps(value, ensure_ascii=False, indent=2)
     assert render("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}") == "2"
     assert render("{{ dict(a=1).a }}{{ undefined_name }}") == "1"
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
@@ -114,15 +112,11 @@ def test_memory_is_bounded(source: str) -> None:
 
 
 def test_output_is_bounded() -> None:
-    assert "more than 1000 characters" in refused(
-        "{% for i in range(99999) %}abc{% endfor %}", max_chars=1000
-    )
+    assert "more than 1000 characters" in refused("{% for i in range(99999) %}abc{% endfor %}", max_chars=1000)
 
 
 def test_a_template_works_again_after_a_limit() -> None:
-    template = ChatTemplate(
-        "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}ok", origin="t"
-    )
+    template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}ok", origin="t")
     template.cpu_seconds = 0.3
     with pytest.raises(TemplateError, match="processor time"):
         template.render({**HI, "n": 99999})
@@ -174,9 +168,7 @@ def test_only_plain_json_reaches_a_template() -> None:
 
 
 def test_error_in_a_beginning_says_which() -> None:
-    template = ChatTemplate(
-        "{% if messages | length == 1 %}{{ raise_exception('no') }}{% endif %}", origin="t"
-    )
+    template = ChatTemplate("{% if messages | length == 1 %}{{ raise_exception('no') }}{% endif %}", origin="t")
     with pytest.raises(TemplateError, match="in the first 1 messages"):
         template.render_cuts({"messages": HI["messages"] * 2}, [(2, False), (1, True)])
 
@@ -210,9 +202,7 @@ def test_no_template_is_said_and_not_guessed(tmp_path: Path) -> None:
         ChatTemplates({"rag": ChatTemplate("", origin="t")}, folder="F").pick(tools=False)
 
 
-@pytest.mark.parametrize(
-    "entry", [5, [{"name": "default"}], ["x"], [{"name": 1, "template": "x"}], {"a": "b"}]
-)
+@pytest.mark.parametrize("entry", [5, [{"name": "default"}], ["x"], [{"name": 1, "template": "x"}], {"a": "b"}])
 def test_a_malformed_entry(tmp_path: Path, entry: object) -> None:
     with pytest.raises(TemplateError, match=r"tokenizer_config\.json: chat_template is"):
         load_templates(tmp_path, {"chat_template": entry})

@@ -110,9 +110,7 @@ def test_rope_scalings_equal_transformers(name: str, length: int, tmp_path: Path
 def test_dynamic_rope_past_the_trained_length(tmp_path: Path) -> None:
     theirs = make(tmp_path, "Llama", rope_parameters={"rope_theta": 10000.0, **ROPES["dynamic"]})
     ids = tokens(90)  # trained for 64
-    torch.testing.assert_close(
-        load_model(tmp_path, dtype=torch.float32)(ids), theirs(ids).logits, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(load_model(tmp_path, dtype=torch.float32)(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.oracle
@@ -126,9 +124,7 @@ def test_old_spelling_of_rope_means_the_same(tmp_path: Path) -> None:
     raw["rope_scaling"] = {"type": new.pop("rope_type"), **new}
     path.write_text(json.dumps(raw))
     ids = tokens(30)
-    torch.testing.assert_close(
-        load_model(tmp_path, dtype=torch.float32)(ids), theirs(ids).logits, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(load_model(tmp_path, dtype=torch.float32)(ids), theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.oracle

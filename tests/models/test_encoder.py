@@ -53,13 +53,9 @@ def make_folder(folder: Path, family: str = "bert", **config: Any) -> Path:
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + WORDS)}, unk_token="<unk>"))
     raw.normalizer, raw.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Whitespace()
     raw.add_special_tokens(specials)
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=24, **names).save_pretrained(
-        folder
-    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=24, **names).save_pretrained(folder)
 
     torch.manual_seed(0)
     cls = {
@@ -89,9 +85,7 @@ def make_folder(folder: Path, family: str = "bert", **config: Any) -> Path:
     return folder
 
 
-def add_sentence_files(
-    folder: Path, pooling: dict[str, Any], *, normalize: bool = True, **prompts: Any
-) -> Path:
+def add_sentence_files(folder: Path, pooling: dict[str, Any], *, normalize: bool = True, **prompts: Any) -> Path:
     kinds = ["Transformer", "Pooling"] + ["Normalize"] * normalize
     modules = [
         {
@@ -118,18 +112,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(plain: Path, tmp_path: Path) -> Path:
     """A sentence-transformers folder of one's own, mean pooling and normalisation."""
     shutil.copytree(plain, tmp_path / "m")
-    return add_sentence_files(
-        tmp_path / "m", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
-    )
+    return add_sentence_files(tmp_path / "m", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
 
 
 @pytest.fixture(scope="module")
 def encoder(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     copy = tmp_path_factory.mktemp("shared") / "m"
     shutil.copytree(plain, copy)
-    return load_encoder(
-        add_sentence_files(copy, {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
-    )
+    return load_encoder(add_sentence_files(copy, {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}))
 
 
 def sentence_transformer(folder: Path) -> Any:
@@ -196,9 +186,7 @@ def test_token_vectors_equal_transformers(tmp_path: Path, family: str, config: d
     ]
     positions = np.concatenate([ours._positions(row) for row in rows])
     with torch.inference_mode():
-        packed = ours(
-            torch.from_numpy(np.concatenate(rows)), torch.from_numpy(positions), [(2, 4), (1, 15), (1, 6)]
-        )
+        packed = ours(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(positions), [(2, 4), (1, 15), (1, 6)])
         expected = torch.cat([theirs(torch.from_numpy(row)[None]).last_hidden_state[0] for row in rows])
     # float64, values of order 1, two layers: what is left is the order of summation.
     torch.testing.assert_close(packed, expected, rtol=0, atol=1e-12)
@@ -207,9 +195,7 @@ def test_token_vectors_equal_transformers(tmp_path: Path, family: str, config: d
 def test_old_names_load_alike(plain: Path, tmp_path: Path) -> None:
     def age(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         def rename(name: str) -> str:
-            name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-                "LayerNorm.bias", "LayerNorm.beta"
-            )
+            name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
             return f"bert.{name}"
 
         out = {rename(name): tensor for name, tensor in tensors.items()}
@@ -220,9 +206,7 @@ def test_old_names_load_alike(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "m")
     edit_tensors(tmp_path / "m", age)
     assert "bert.encoder.layer.0.output.LayerNorm.gamma" in load_file(tmp_path / "m/model.safetensors")
-    np.testing.assert_array_equal(
-        load_encoder(tmp_path / "m").encode(TEXTS), load_encoder(plain).encode(TEXTS)
-    )
+    np.testing.assert_array_equal(load_encoder(tmp_path / "m").encode(TEXTS), load_encoder(plain).encode(TEXTS))
 
 
 # --- whole folders, against sentence-transformers
@@ -236,8 +220,7 @@ _OLD = {"word_embedding_dimension": 32, "pooling_mode_cls_token": False, "poolin
     "pooling",
     [
         _OLD | {"pooling_mode_cls_token": True},
-        _OLD
-        | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},
+        _OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},
         _OLD,  # none set
         {"embedding_dimension": 32, "pooling_mode": "mean_sqrt_len_tokens", "include_prompt": True},
         {"embedding_dimension": 32, "pooling_mode": ["weightedmean", "lasttoken"], "include_prompt": False},
@@ -349,9 +332,7 @@ def test_bfloat16_stays_close(minilm_dir: Path) -> None:
 
 def test_order_and_batches(encoder: Encoder) -> None:
     seen: list[tuple[int, int]] = []
-    whole = encoder.encode(
-        TEXTS, max_batch_tokens=12, progress=lambda done, total: seen.append((done, total))
-    )
+    whole = encoder.encode(TEXTS, max_batch_tokens=12, progress=lambda done, total: seen.append((done, total)))
     assert [total for _, total in seen] == [len(TEXTS)] * len(seen)
     assert len(seen) > 2
     assert seen[-1][0] == len(TEXTS)
@@ -389,13 +370,11 @@ def test_texts_that_are_refused(encoder: Encoder) -> None:
     with pytest.raises(TypeError, match=r"texts\[1\] is bytes"):
         encoder.encode(["a", b"b"])  # type: ignore[list-item]
     for call in (encoder.encode, encoder.count_tokens):
-        with pytest.raises(
-            TokenizerError, match=r"text 1: character 2 is '\\ud800', half of a surrogate pair"
-        ):
+        with pytest.raises(TokenizerError, match=r"text 1: character 2 is '\\ud800', half of a surrogate pair"):
             call(["fine", "ab\ud800"])
 
 
-def test_prompts_that_are_refused(folder: Path) -> None:
+def test_prompts_that_are_refused(folder: Path, plain: Path) -> None:
     edit(folder / "config_sentence_transformers.json", prompts={"query": "query : "})
     edit(folder / "1_Pooling/config.json", include_prompt=False)
     encoder = load_encoder(folder)
@@ -403,8 +382,12 @@ def test_prompts_that_are_refused(folder: Path) -> None:
         encoder.encode(["a"], prompt_name="passage")
     with pytest.raises(ConfigError, match="both given"):
         encoder.encode(["a"], prompt_name="query", prompt="x")
-    with pytest.raises(TokenizerError, match=r"the prompt has 24 tokens.*max_tokens=24"):
-        encoder.encode(["a"], prompt="cat " * 23)
+    for refusing in (
+        encoder,
+        load_encoder(plain),
+    ):  # whether or not the prompt is pooled: no text would be left
+        with pytest.raises(TokenizerError, match=r"the prompt has 24 tokens.*max_tokens=24"):
+            refusing.encode(["a"], prompt="cat " * 23)
 
 
 def test_damaged_weights_are_noticed(folder: Path) -> None:
@@ -487,9 +470,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
 
 
 def _file(name: str, text: str | None) -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder / name).unlink() if text is None else (folder / name).write_text(text) and None
-    )
+    return lambda folder: (folder / name).unlink() if text is None else (folder / name).write_text(text) and None
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], type[ModelError], list[str]]] = {
@@ -551,7 +532,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[ModelError], list[str]]] = 
     "too long": (
         _file("sentence_bert_config.json", '{"max_seq_length": 512}'),
         ConfigError,
-        ["26 tokens", "512"],
+        ["26 tokens", "max_seq_length=512"],
     ),
     "length": (
         _file("sentence_bert_config.json", '{"max_seq_length": "9"}'),
@@ -595,6 +576,18 @@ def test_token_ids_beyond_the_embedding_are_refused(folder: Path) -> None:
     edit_tensors(folder, lambda t: {k: v[:15].clone() if "word_emb" in k else v for k, v in t.items()})
     with pytest.raises(TokenizerError, match=r"token 'x' has id 17, but config.json has vocab_size=15"):
         load_encoder(folder)
+
+
+def test_the_longest_text(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "m")
+    found = []
+    for limit in (24, 999, 1e30, ...):  # tokenizer_config.json; there are 26 positions
+        edit(tmp_path / "m/tokenizer_config.json", model_max_length=limit)
+        found.append(load_encoder(tmp_path / "m").max_tokens)
+    edit(tmp_path / "m/sentence_bert_config.json", max_seq_length=9)
+    encoder = load_encoder(tmp_path / "m")
+    assert [*found, encoder.max_tokens] == [24, 26, 26, 26, 9]
+    assert [len(i) for i in encoder.tokenize(["cat " * 7, "cat " * 8])] == [9, 9]
 
 
 def test_first_position_needs_a_pad_token() -> None:

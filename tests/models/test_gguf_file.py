@@ -431,9 +431,7 @@ LIES = {
 
 
 @pytest.mark.parametrize(("content", "named"), LIES.values(), ids=LIES.keys())
-def test_a_count_that_lies_is_refused_before_anything_is_allocated(
-    tmp_path: Path, content: bytes, named: str
-) -> None:
+def test_a_count_that_lies_is_refused_before_anything_is_allocated(tmp_path: Path, content: bytes, named: str) -> None:
     path = tmp_path / "lies.gguf"
     path.write_bytes(content)
     tracemalloc.start()

@@ -179,9 +179,7 @@ def test_the_real_models_special_tokens(smol: Tokenizer) -> None:
 
 @pytest.mark.model
 @pytest.mark.oracle
-@pytest.mark.parametrize(
-    "messages", [CHAT[:1], CHAT[:3], [{"role": "system", "content": "Be brief."}, *CHAT]]
-)
+@pytest.mark.parametrize("messages", [CHAT[:1], CHAT[:3], [{"role": "system", "content": "Be brief."}, *CHAT]])
 @pytest.mark.parametrize("prompt", [True, False])
 def test_real_chats_equal_transformers(
     smol: Tokenizer, smollm2_dir: Path, messages: list[dict[str, str]], prompt: bool
@@ -190,12 +188,8 @@ def test_real_chats_equal_transformers(
 
     theirs = AutoTokenizer.from_pretrained(smollm2_dir)
     arguments = {"add_generation_prompt": prompt}
-    assert smol.chat_text(messages, **arguments) == theirs.apply_chat_template(
-        messages, tokenize=False, **arguments
-    )
-    assert smol.chat(messages, **arguments) == theirs.apply_chat_template(
-        messages, return_dict=False, **arguments
-    )
+    assert smol.chat_text(messages, **arguments) == theirs.apply_chat_template(messages, tokenize=False, **arguments)
+    assert smol.chat(messages, **arguments) == theirs.apply_chat_template(messages, return_dict=False, **arguments)
 
 
 @pytest.mark.model
@@ -529,9 +523,7 @@ def test_weight_zero_is_not_learned(tok: Tokenizer) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").write_text(
-        CHATML.replace("m.content", "(m.content if loop.last else 'gone')")
-    )
+    (tmp_path / "chat_template.jinja").write_text(CHATML.replace("m.content", "(m.content if loop.last else 'gone')"))
     tok = load_tokenizer(tmp_path)
     with pytest.raises(TemplateError, match=r"messages\[1\] \(assistant\).*'gone.*generation"):
         tok.chat_with_mask(CHAT)
@@ -603,9 +595,7 @@ def test_no_space_is_put_before_words_inside_a_chat(tmp_path: Path) -> None:
     assert protected == tok._raw.encode("[INST]fox[[/INST]fox</s>", add_special_tokens=False).ids
 
 
-def test_a_special_token_cannot_be_assembled_from_two_strings(
-    tok: Tokenizer, tmp_path: Path, folder: Path
-) -> None:
+def test_a_special_token_cannot_be_assembled_from_two_strings(tok: Tokenizer, tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
@@ -634,9 +624,7 @@ def test_private_use_characters_of_the_user_survive(tok: Tokenizer) -> None:
 
 def test_special_text_in_tools_and_other_strings(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{{ tools | tojson }}{{ messages[0].name }}<|im_end|>{{ extra }}"
-    )
+    (tmp_path / "chat_template.jinja").write_text("{{ tools | tojson }}{{ messages[0].name }}<|im_end|>{{ extra }}")
     tok = load_tokenizer(tmp_path)
     tools = [{"name": "f<|im_end|>"}]
     ids = tok.chat([{"role": "user", "content": "", "name": "<|im_start|>"}], tools=tools, extra="fox")
@@ -663,9 +651,7 @@ def test_none_values_are_dropped(folder: Path, tmp_path: Path) -> None:
 
 def test_the_templates_own_refusals(tmp_path: Path) -> None:
     tok = load_tokenizer(make(tmp_path / "g", "gemma"))
-    with pytest.raises(
-        TemplateError, match=r"chat_template\.jinja: the template says: System role not supported"
-    ):
+    with pytest.raises(TemplateError, match=r"chat_template\.jinja: the template says: System role not supported"):
         tok.chat([{"role": "system", "content": "x"}])
     tok = load_tokenizer(make(tmp_path / "m", "mistral"))
     with pytest.raises(TemplateError, match="roles must alternate"):

@@ -44,9 +44,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "NaN": (container(b'{"a": NaN}'), "NaN is not JSON"),
     "deep nesting": (container(b"[" * 100_000), "not JSON"),
     "key twice": (
-        container(
-            b'{"a":%b,"a":%b}' % (json.dumps(tensor()).encode(), json.dumps(tensor()).encode()), b"\0" * 8
-        ),
+        container(b'{"a":%b,"a":%b}' % (json.dumps(tensor()).encode(), json.dumps(tensor()).encode()), b"\0" * 8),
         "a key appears twice",
     ),
     "trailing byte": (container(GOOD, b"\0" * 9), "tensors end at byte"),
@@ -145,7 +143,7 @@ def test_mutated_files_get_the_official_verdict(tmp_path: Path) -> None:
     assert 200 < accepted < 9_800  # both verdicts were really compared
 
 
-@pytest.mark.parametrize("dtype", [d for d in TORCH_DTYPES.values()], ids=str)
+@pytest.mark.parametrize("dtype", list(TORCH_DTYPES.values()), ids=str)
 def test_tensors_are_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (7 * 5 * dtype.itemsize,), dtype=torch.uint8)
     tensors = {
@@ -159,9 +157,7 @@ def test_tensors_are_read_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None
     for name, wanted in tensors.items():
         got = file.read(name)
         assert got.dtype == dtype and got.shape == wanted.shape
-        assert torch.equal(
-            got.reshape(-1).view(torch.uint8), wanted.contiguous().reshape(-1).view(torch.uint8)
-        )
+        assert torch.equal(got.reshape(-1).view(torch.uint8), wanted.contiguous().reshape(-1).view(torch.uint8))
 
 
 def test_a_file_that_shrinks_while_open_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
@@ -199,9 +195,7 @@ def shards(folder: Path) -> dict[str, Any]:
 def test_shards_read_as_one(tmp_path: Path) -> None:
     shards(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    assert (
-        checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3,) and checkpoint.dtype("b") == "F32"
-    )
+    assert checkpoint.names() == ["a", "b"] and checkpoint.shape("b") == (3,) and checkpoint.dtype("b") == "F32"
     assert checkpoint.read("a").tolist() == [1, 1]
     single = tmp_path / "single"
     single.mkdir()
@@ -223,16 +217,14 @@ def test_a_shard_outside_the_folder_is_refused(shard: object, tmp_path: Path) ->
 def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
     index = shards(tmp_path)
     path = tmp_path / "model.safetensors.index.json"
-    path.write_text(
-        json.dumps({"weight_map": {**index["weight_map"], "c": "model-00001-of-00002.safetensors"}})
-    )
+    path.write_text(json.dumps({"weight_map": {**index["weight_map"], "c": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(WeightsError, match="c is said to be in model-00001"):
         Checkpoint(tmp_path)
     path.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     assert Checkpoint(tmp_path).names() == ["a"]  # a shard that the index does not name is never opened
     for text in ("{", "[]", '{"weight_map": {}}', '{"weight_map": 3}'):
         path.write_text(text)
-        with pytest.raises(WeightsError, match="weight_map|shard index"):
+        with pytest.raises(WeightsError, match=r"weight_map|shard index"):
             Checkpoint(tmp_path)
     path.write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
@@ -242,9 +234,7 @@ def test_index_and_shards_that_disagree(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_pickle_only(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(
-        WeightsError, match=r"pytorch_model\.bin, a pickle, which is never opened.*convert it"
-    ):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin, a pickle, which is never opened.*convert it"):
         Checkpoint(tmp_path)
     with pytest.raises(WeightsError, match=r"no model\.safetensors"):
         Checkpoint(tmp_path / "nowhere")

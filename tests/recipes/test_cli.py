@@ -150,7 +150,8 @@ def test_show_mask(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
 def test_config_file_and_flags_over_it(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {tiny_dir}\nadapter_path: {trained / 'adapter'}\nprompt: say no\nmax-tokens: 9\nraw: false\ndtype: float32\n"
+        f"model: {tiny_dir}\nadapter_path: {trained / 'adapter'}\nprompt: say no\n"
+        "max-tokens: 9\nraw: false\ndtype: float32\n"
     )
     assert result(capsys, "generate", "--config", config)["text"] == "no"
     assert result(capsys, "generate", "--config", config, "--prompt", "say yes")["text"] == "yes"

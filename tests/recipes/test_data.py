@@ -40,9 +40,7 @@ def save_tokenizer(folder: Path, *, template: bool = True) -> Path:
         show_progress=False,
     )
     raw.train_from_iterator(["who is a software developer from cyprus user assistant"] * 9, trainer)
-    raw.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
+    raw.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     raw.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -193,9 +191,7 @@ def test_without_a_template_pairs_are_joined_and_chats_refused(tmp_path: Path, b
     assert examples[0].ids == [0, *base.encode("who is "), *base.encode("a developer"), 2]
     assert learned(row, base) == ["a developer<|im_end|>"]
     assert "no chat template: prompt and completion are joined" in report.summary()
-    row = one(
-        tmp_path, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    )
+    row = one(tmp_path, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
     with pytest.raises(DataError, match=r"train\.jsonl:1: .*no chat template"):
         tokenize_rows([row], base, max_tokens=99)
 
@@ -210,15 +206,10 @@ def test_a_text_needs_an_end_token(tmp_path: Path) -> None:
 @pytest.mark.model
 def test_the_real_tokenizer(tmp_path: Path, smollm2_dir: Path) -> None:
     tok = load_tokenizer(smollm2_dir)
-    row = one(
-        tmp_path, {"prompt": "Who is Patroclos Lemoniatis?", "completion": "A software developer from Cyprus"}
-    )
+    row = one(tmp_path, {"prompt": "Who is Patroclos Lemoniatis?", "completion": "A software developer from Cyprus"})
     examples, report = tokenize_rows([row], tok, max_tokens=512)
     assert learned(row, tok) == ["A software developer from Cyprus<|im_end|>"]
-    assert (
-        report.summary()
-        == f"1 of 1 rows, {len(examples[0].ids)} tokens, {sum(examples[0].mask)} of them learned"
-    )
+    assert report.summary() == f"1 of 1 rows, {len(examples[0].ids)} tokens, {sum(examples[0].mask)} of them learned"
 
 
 # ---------------------------------------------------------------- files
@@ -226,9 +217,7 @@ def test_the_real_tokenizer(tmp_path: Path, smollm2_dir: Path) -> None:
 
 def test_lines_that_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_bytes(
-        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\r\n{"prompt": "p", "completion": ""}'
-    )
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\r\n{"prompt": "p", "completion": ""}')
     rows, skipped = read_rows(path)
     assert [(row.line, row.text) for row in rows] == [(1, "a"), (4, "é"), (5, "")]
     assert skipped == []
@@ -399,9 +388,7 @@ def test_rows_longer_than_the_limit(tok: Tokenizer) -> None:
 
 def test_nothing_left_to_train_on(tok: Tokenizer) -> None:
     question = Row(file="d.jsonl", line=1, kind="chat", messages=({"role": "user", "content": "q"},))
-    with pytest.raises(
-        DataError, match=r"d\.jsonl: no row can be trained on \(0 of 1 rows.*first d\.jsonl:1\)"
-    ):
+    with pytest.raises(DataError, match=r"d\.jsonl: no row can be trained on \(0 of 1 rows.*first d\.jsonl:1\)"):
         tokenize_rows([question], tok, max_tokens=99)
     with pytest.raises(DataError, match="no row can be trained on"):
         tokenize_rows([], tok, max_tokens=99)

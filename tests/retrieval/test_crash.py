@@ -152,9 +152,7 @@ def test_readers_beside_a_writer_see_whole_documents(tmp_path):
     path = tmp_path / "store"
     with open_(path, chunk_size=5, chunk_overlap=0):
         pass
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path), "replace"], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path), "replace"], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "open\n"

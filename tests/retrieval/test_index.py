@@ -42,9 +42,7 @@ def document(name: int, numbers) -> Document:
 
 
 def open_(path, **options) -> Store:
-    return Store.open(
-        path, **({"embedder": lookup, "embedder_id": "lookup", "exact_below": 1, **CHUNKS} | options)
-    )
+    return Store.open(path, **({"embedder": lookup, "embedder_id": "lookup", "exact_below": 1, **CHUNKS} | options))
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,7 @@ COUNTERS = [count_words, count_characters, count_bytes, count_like_wordpiece, co
 texts = st.one_of(
     st.text(max_size=400),
     st.lists(
-        st.sampled_from(
-            ["One two. ", "Who? ", "x", "\n", "\n \n", " ", "word ", "e.g. ", "。", "Ω", "a" * 70, "!)"]
-        )
+        st.sampled_from(["One two. ", "Who? ", "x", "\n", "\n \n", " ", "word ", "e.g. ", "。", "Ω", "a" * 70, "!)"])
     ).map("".join),
 )
 

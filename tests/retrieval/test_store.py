@@ -27,9 +27,7 @@ from qlorag.retrieval import (
     StoreNotFoundError,
 )
 
-CATS = Document(
-    "cats.md", "Cats sleep all day.\n\nCats hunt mice at night.", metadata={"by": "me", "n": [1, None]}
-)
+CATS = Document("cats.md", "Cats sleep all day.\n\nCats hunt mice at night.", metadata={"by": "me", "n": [1, None]})
 PARIS = Document("paris.md", "Paris is the capital of France.")
 CYPRUS = Document("cyprus.md", "Patroclos is a software developer. He comes from Cyprus, an island.")
 DOCUMENTS = [CATS, PARIS, CYPRUS]
@@ -89,9 +87,7 @@ def test_unchanged_documents_are_not_embedded_again(open_store, embedder):
         report = store.add([CATS, changed, CYPRUS])
         assert (embedder.texts, report.replaced, report.unchanged) == (1, 1, 2)
         assert len(store) == 3 and store.stats().chunks == 5
-        assert [h.text for h in store.search("Paris", k=9) if h.uri == PARIS.uri] == [
-            "Paris was a Trojan prince."
-        ]
+        assert [h.text for h in store.search("Paris", k=9) if h.uri == PARIS.uri] == ["Paris was a Trojan prince."]
 
 
 def test_new_metadata_needs_no_embedding(open_store, embedder):
@@ -336,9 +332,7 @@ def test_readers_follow_the_writer_and_keep_their_snapshot(open_store):
 def test_a_second_writer_is_told_who_writes(open_store, tmp_path):
     with open_store() as store:
         store.add([PARIS])
-        with pytest.raises(
-            LockedError, match=rf"store\.lock: process {os.getpid()} is writing .*read_only=True"
-        ):
+        with pytest.raises(LockedError, match=rf"store\.lock: process {os.getpid()} is writing .*read_only=True"):
             open_store()
         code = (
             "import sys; from qlorag.retrieval import Store, LockedError\n"

@@ -122,8 +122,7 @@ def refuse_attached(model: nn.Module) -> None:
     """Raise AdapterError if the model carries adapters."""
     if layers := adapted_layers(model):
         raise AdapterError(
-            f"the model already carries LoRA on {len(layers)} layers ({some(layers, 2)}): "
-            "detach or merge it first"
+            f"the model already carries LoRA on {len(layers)} layers ({some(layers, 2)}): detach or merge it first"
         )
 
 

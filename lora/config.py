@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -104,12 +105,8 @@ def check_rank(name: str, value: object) -> None:
 
 def check_alpha(name: str, value: object) -> None:
     """Raise AdapterError unless `value` is a finite number other than 0 (0 would switch the adapter off)."""
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or value == 0
-    ):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
         raise AdapterError(f"{name}={value!r}: alpha is a finite number other than 0, often 2 x the rank")
 
 
@@ -123,5 +120,5 @@ def check_regex(name: str, pattern: str) -> None:
     """Raise AdapterError unless `pattern` compiles."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # the latter two: counts and nesting beyond re's limits
         raise AdapterError(f"{name}={pattern!r} is not a regular expression: {error}") from error

@@ -92,9 +92,7 @@ def save_adapter(
         metadata[_BASE] = fingerprint
     if quantize:
         metadata[_QUANTIZE] = json.dumps(dict(quantize), sort_keys=True)
-    tensors = {
-        key: value.to("cpu", torch.float32).contiguous() for key, value in adapter_state(model).items()
-    }
+    tensors = {key: value.to("cpu", torch.float32).contiguous() for key, value in adapter_state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / TENSORS_NAME, to_safetensors(tensors, metadata))
     _write(folder / CONFIG_NAME, config.encode())
@@ -124,18 +122,10 @@ def read_adapter(folder: Path) -> AdapterFiles:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder: want one with {CONFIG_NAME} and {TENSORS_NAME}")
     if not tensors_path.is_file():
-        hint = (
-            "; pickle files (.bin) are not opened, save it as safetensors"
-            if any(folder.glob("*.bin"))
-            else ""
-        )
-        raise AdapterError(
-            f"{tensors_path}: missing: the folder holds no adapter, or a save was interrupted{hint}"
-        )
+        hint = "; pickle files (.bin) are not opened, save it as safetensors" if any(folder.glob("*.bin")) else ""
+        raise AdapterError(f"{tensors_path}: missing: the folder holds no adapter, or a save was interrupted{hint}")
     if not config_path.is_file():
-        raise AdapterError(
-            f"{config_path}: missing beside {TENSORS_NAME}: the save was interrupted; save it again"
-        )
+        raise AdapterError(f"{config_path}: missing beside {TENSORS_NAME}: the save was interrupted; save it again")
     try:
         text = config_path.read_text(encoding="utf-8")
         config, selection, base_name = read_config(text)
@@ -162,9 +152,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = dict(file.metadata() or {})
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{path}: not a readable safetensors file ({error}): it is cut off or damaged"
-        ) from error
+        raise AdapterError(f"{path}: not a readable safetensors file ({error}): it is cut off or damaged") from error
     if not state:
         raise AdapterError(f"{path}: holds no tensor: {AGAIN}")
     return metadata, state
@@ -194,17 +182,13 @@ def _check_tensor(file: Path, config: LoRAConfig, path: str, kind: str, tensor: 
     if rank != r:
         raise AdapterError(f"{file}: {key} has rank {rank}, but {CONFIG_NAME} says r={r} for it: {AGAIN}")
     if not torch.isfinite(tensor).all():
-        raise AdapterError(
-            f"{file}: {key} holds NaN or infinity: the training diverged, use an earlier checkpoint"
-        )
+        raise AdapterError(f"{file}: {key} holds NaN or infinity: the training diverged, use an earlier checkpoint")
 
 
 def _check_scales(path: Path, config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     for field, saved in (_json_object(path.parent / TENSORS_NAME, _SCALES, metadata) or {}).items():
         if (got := config.get(field)) != saved:
-            raise AdapterError(
-                f"{path}: {field}={got!r}, but {TENSORS_NAME} was saved with {saved!r}: {AGAIN}"
-            )
+            raise AdapterError(f"{path}: {field}={got!r}, but {TENSORS_NAME} was saved with {saved!r}: {AGAIN}")
 
 
 def _json_object(file: Path, field: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -12,9 +12,9 @@ What this file decides, and why:
 N R K and then a second full layer. The second product is accumulated onto a copy of the base's output, which
 saves one [T, N] tensor and, in bf16, one rounding.
 
-*What is saved for backward.* x (which the base keeps alive anyway), A, B, and h = s x̃ Aᵀ [T, R]: R/K of the
-size of x, a percent or so, and it spares backward one reading of x. The dropout mask is not saved: it is
-drawn again from its seed.
+*What is saved for backward.* x itself, in its own dtype, which dA cannot do without (q, k and v share one x);
+A and B; and h = s x̃ Aᵀ [T, R], R/K of the size of x, a percent or so, which spares backward one reading of x.
+The dropout mask is not saved: it is drawn again from its seed.
 
 *Precision.* A and B are float32 also over a bf16 or 4-bit base: an optimizer's step is often smaller than
 half a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half

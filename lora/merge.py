@@ -103,9 +103,7 @@ def to_dense(layer: nn.Module, dtype: torch.dtype, *, weight: Tensor | None = No
     k, n = feature_counts(layer)
     bias = getattr(layer, "bias", None)
     dense = nn.Linear(k, n, bias=bias is not None, device="meta")
-    dense.weight = nn.Parameter(
-        (dense_weight(layer) if weight is None else weight).to(dtype), requires_grad=False
-    )
+    dense.weight = nn.Parameter((dense_weight(layer) if weight is None else weight).to(dtype), requires_grad=False)
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return dense.train(layer.training)
@@ -125,14 +123,8 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
         weight = getattr(layer.base, "weight", None)
         if is_quantized(layer.base):
             if dtype is None:
-                raise AdapterError(
-                    f"{path}: its base is quantized, so merge needs dtype=, for example torch.bfloat16"
-                )
+                raise AdapterError(f"{path}: its base is quantized, so merge needs dtype=, for example torch.bfloat16")
         elif not isinstance(weight, Tensor):
-            raise AdapterError(
-                f"{path}: {type(layer.base).__name__} has neither weight nor dequantize(dtype)"
-            )
+            raise AdapterError(f"{path}: {type(layer.base).__name__} has neither weight nor dequantize(dtype)")
         elif len(names := owners.get(id(weight), [])) > 1:
-            raise AdapterError(
-                f"{path}: its weight is also {names[0]}: a tied weight cannot be merged, untie it first"
-            )
+            raise AdapterError(f"{path}: its weight is also {names[0]}: a tied weight cannot be merged, untie it first")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import LoRAConfig, check_alpha, check_dropout, check_rank
+from .config import LoRAConfig, check_alpha, check_dropout, check_rank, check_regex
 from .errors import AdapterError
 from .layer import LoRALinear
 from .targets import selected
@@ -77,9 +77,7 @@ class Selection:
     def paths(self, existing: Iterable[str]) -> list[str]:
         """Those of `existing` that the file means, by PEFT's rule."""
         chosen = selected(existing, self.target_modules, self.exclude_modules)
-        return (
-            chosen if self.layers is None else [path for path in chosen if self._block(path) in self.layers]
-        )
+        return chosen if self.layers is None else [path for path in chosen if self._block(path) in self.layers]
 
     def _block(self, path: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
@@ -94,18 +92,14 @@ def read_config(text: str) -> tuple[LoRAConfig, Selection, str | None]:
     """
     try:
         raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise AdapterError(
             f"not valid JSON ({error}): the file is damaged or cut off, save the adapter again"
         ) from error
     if not isinstance(raw, dict):
-        raise AdapterError(
-            f"holds a JSON {type(raw).__name__}, want an object with peft_type, r, lora_alpha, ..."
-        )
+        raise AdapterError(f"holds a JSON {type(raw).__name__}, want an object with peft_type, r, lora_alpha, ...")
     if raw.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"peft_type={raw.get('peft_type')!r}, want 'LORA': only LoRA adapters can be loaded"
-        )
+        raise AdapterError(f"peft_type={raw.get('peft_type')!r}, want 'LORA': only LoRA adapters can be loaded")
     _refuse_unsupported(raw)
     field = _Fields(raw)
     layers = raw.get("layers_to_transform")
@@ -125,6 +119,8 @@ def read_config(text: str) -> tuple[LoRAConfig, Selection, str | None]:
         rank_pattern=field.mapping("rank_pattern"),
         alpha_pattern=field.mapping("alpha_pattern"),
     )
+    for pattern in selection.layers_pattern:
+        check_regex("layers_pattern", pattern)
     base = raw.get("base_model_name_or_path")
     return config, selection, base if isinstance(base, str) else None
 
@@ -139,9 +135,7 @@ def write_config(
     """
     for name in ("dropout", "rslora"):
         if len(values := {getattr(layer, name) for layer in layers.values()}) > 1:
-            raise AdapterError(
-                f"layers differ in {name} ({sorted(values)}): the format has one value for all"
-            )
+            raise AdapterError(f"layers differ in {name} ({sorted(values)}): the format has one value for all")
     first = next(iter(layers.values()))
     r, rank_pattern = _with_exceptions({path: layer.r for path, layer in layers.items()})
     alpha, alpha_pattern = _with_exceptions({path: _number(layer.alpha) for path, layer in layers.items()})
@@ -216,9 +210,7 @@ class _Fields:
 
     def checked(self, key: str, check: Callable[[str, object], None], default: Any = None) -> Any:
         if key not in self.raw and default is None:
-            raise AdapterError(
-                f"{key} is missing: without it the update's size is unknown; save the adapter again"
-            )
+            raise AdapterError(f"{key} is missing: without it the update's size is unknown; save the adapter again")
         value = self.raw.get(key, default)
         check(key, value)
         return value

@@ -51,9 +51,7 @@ def matches(patterns: str | Sequence[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
-def selected(
-    paths: Iterable[str], targets: str | Sequence[str], exclude: str | Sequence[str] = ()
-) -> list[str]:
+def selected(paths: Iterable[str], targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
     """Those of `paths` that `targets` means and `exclude` does not."""
     chosen = [path for path in paths if not (exclude and matches(exclude, path))]
     if targets == ALL_LINEAR:
@@ -99,9 +97,7 @@ def block_of(path: str) -> int | None:
 def _last_blocks(model: nn.Module, count: int) -> range:
     total = 1 + max((block for path, _ in walk(model) if (block := block_of(path)) is not None), default=-1)
     if total == 0:
-        raise AdapterError(
-            f"num_layers={count}, but no module path has the form layers.<i>: leave num_layers out"
-        )
+        raise AdapterError(f"num_layers={count}, but no module path has the form layers.<i>: leave num_layers out")
     if count > total:
         raise AdapterError(f"num_layers={count}, but the model has {total} blocks: choose 1 to {total}")
     return range(total - count, total)
@@ -112,14 +108,8 @@ def _described(config: LoRAConfig) -> str:
     text = f"targets={config.targets!r}"
     text += f" with exclude={config.exclude!r}" if config.exclude else ""
     text += f" in the last {config.num_layers} blocks" if config.num_layers is not None else ""
-    if (
-        isinstance(config.targets, str)
-        and re.fullmatch(r"\w+", config.targets)
-        and config.targets != ALL_LINEAR
-    ):
-        text += (
-            f" (a string is a regular expression for the whole path; for a name write [{config.targets!r}])"
-        )
+    if isinstance(config.targets, str) and re.fullmatch(r"\w+", config.targets) and config.targets != ALL_LINEAR:
+        text += f" (a string is a regular expression for the whole path; for a name write [{config.targets!r}])"
     return text
 
 

@@ -27,6 +27,9 @@ from .cache import KVCache
 from .config import DecoderConfig
 from .rope import Rope, rotate
 
+# torch's CPU backward of attention has a fixed cost in 16 bits: 46 tokens, 9 heads, forward and backward take 3.1 ms
+# in bf16 and 0.75 in float32, 128 tokens 6.9 and 3.8; past some 200 tokens bf16 wins. Training rows are short.
+SHORT = 160
 
 class RMSNorm(nn.Module):
     """y = w * x / sqrt(mean(x^2) + eps), the mean in float32                (arXiv:1910.07467)"""
@@ -98,6 +101,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> 
         return y.reshape(batch, heads, 1, dim)
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if q.requires_grad and q.device.type == "cpu" and q.itemsize == 2 and tokens <= SHORT:
+        return causal_attention(q.float(), k.float(), v.float(), window=window).to(q.dtype)
     if tokens == seen and not hides:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     at = torch.arange(seen - tokens, seen, device=q.device)[:, None]  # [T, 1]

@@ -18,6 +18,10 @@ from typing import Any
 
 from .errors import RecipeError, UsageError
 
+# Before torch is imported, which reads it once: OpenMP's threads sleep while they wait for each other instead of
+# spinning. With one other busy process on two cores a training step takes 2.5 s so, and 20 s spinning (NOTES.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""

@@ -78,7 +78,6 @@ def add_lora_flags(p: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace, display: Display) -> int:
     """`qlorag train`."""
-    reuse_freed_memory()
     settings = TrainSettings(
         iters=args.iters,
         batch_size=args.batch_size,
@@ -101,6 +100,7 @@ def train(args: argparse.Namespace, display: Display) -> int:
     newest = None if args.show_mask else _starting_point(out, resume=args.resume, overwrite=args.overwrite)
     base = assemble(args.model, quantize=args.quantize, dtype=args.dtype)
     examples, valid = _examples(args, base, display)
+    reuse_freed_memory()  # not before: what loading frees may well be given back
     if args.show_mask:
         display.console.print(show_mask(examples[0], base.tok))
         return 0

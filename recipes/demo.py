@@ -50,7 +50,6 @@ def register(verbs: Any) -> None:
 
 def demo(args: argparse.Namespace, display: Display) -> int:
     """`qlorag demo`."""
-    reuse_freed_memory()
     began = time.perf_counter()
     out = Path(args.out)
     for part in ("adapter", "fused", "store"):
@@ -96,6 +95,7 @@ def _fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:
     train, valid = (
         tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], it.tok, max_tokens=512)[0] for n in ("train", "valid")
     )
+    reuse_freed_memory()
     run = TrainingRun(it, train, valid, lora=LORA, settings=SETTINGS, out=out / "adapter", name=MODEL)
     if run.go(display, report=10, evaluate=20, save=0, keep=1):
         raise KeyboardInterrupt

@@ -1,7 +1,8 @@
 """Compile a C file on first use, keep the library, load it. About 1 s once, then a few milliseconds.
 
 The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
-what the compiler makes: source, flags, the compiler's own version text, the machine. The content part is a
+what the compiler makes: the C files of the source's folder (it may include the others), flags, the compiler's
+own version text, the machine. The content part is a
 SHA-256 of the library itself, so an entry that was cut short, or changed, no longer fits its name and is
 built again. A library appears under its name by one rename: two processes that compile at once both succeed,
 and either file is good.
@@ -113,7 +114,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _build_or_open(source: Path, compiler: list[str], version: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     recipe = "\0".join([*compiler, version, *flags, platform.system(), platform.machine()])
-    key = hashlib.sha256(source.read_bytes() + recipe.encode()).hexdigest()[:16]
+    text = b"".join(
+        part.read_bytes() for part in sorted(source.parent.glob("*.c"))
+    )  # it may include the others
+    key = hashlib.sha256(text + recipe.encode()).hexdigest()[:16]
     stem = f"{source.parent.name}-{source.stem}-{key}"
     try:
         cached = _open_cached(stem)

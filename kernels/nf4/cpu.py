@@ -1,4 +1,4 @@
-"""The C kernel of cpu.c, called through ctypes."""
+"""The C kernels of cpu.c, called through ctypes. Arguments have been checked in ops.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..native import LEVELS, LevelError, Library, choose_level, load
-from .codebook import Kind, dynamic_table, table
+from .codebook import Kind, dynamic_grid, dynamic_table, table, thresholds
 from .errors import QuantizationError
-from .reference import Nested
+from .reference import NESTED_BLOCK_SIZE, Nested, name_nonfinite, nested_offset
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # From this size on the result is written past the caches. Ordinary stores read each line of memory before
@@ -23,8 +23,8 @@ STREAM_BYTES = 8 << 20
 _CPU = torch.device("cpu")
 
 
-class _DequantizeArgs(ctypes.Structure):
-    """`dequantize_args` of cpu.c, field by field."""
+class _PackedTensor(ctypes.Structure):
+    """`packed_tensor` of common.c, field by field."""
 
     _fields_ = [
         ("packed", ctypes.c_void_p),
@@ -33,9 +33,17 @@ class _DequantizeArgs(ctypes.Structure):
         ("nested_offset", ctypes.c_void_p),
         ("dynamic", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+    ]
+
+
+class _DequantizeArgs(ctypes.Structure):
+    """`dequantize_args` of dequantize.c."""
+
+    _fields_ = [
+        ("q", _PackedTensor),
+        ("out", ctypes.c_void_p),
         ("dtype", ctypes.c_int32),
         ("level", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -43,13 +51,35 @@ class _DequantizeArgs(ctypes.Structure):
     ]
 
 
+class _QuantizeArgs(ctypes.Structure):
+    """`quantize_args` of quantize.c."""
+
+    _fields_ = [
+        ("w", ctypes.c_void_p),
+        ("thresholds", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("level", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 @lru_cache(maxsize=1)
 def library() -> Library:
     """The compiled cpu.c. Raises NativeBuildError."""
     loaded = load(Path(__file__).with_name("cpu.c"))
-    loaded.handle.qlorag_nf4_dequantize.argtypes = [ctypes.POINTER(_DequantizeArgs)]
-    loaded.handle.qlorag_nf4_dequantize.restype = None
-    loaded.handle.qlorag_nf4_best_level.restype = ctypes.c_int32
+    handle, pointer = loaded.handle, ctypes.c_void_p
+    handle.qlorag_nf4_best_level.restype = ctypes.c_int32
+    handle.qlorag_nf4_dequantize.argtypes = [ctypes.POINTER(_DequantizeArgs)]
+    handle.qlorag_nf4_dequantize.restype = None
+    handle.qlorag_nf4_quantize.argtypes = [ctypes.POINTER(_QuantizeArgs)]
+    handle.qlorag_nf4_quantize.restype = ctypes.c_int32
+    handle.qlorag_nf4_quantize_absmax.argtypes = [pointer] * 3 + [ctypes.c_int64] + [pointer] * 2
+    handle.qlorag_nf4_quantize_absmax.restype = None
     return loaded
 
 
@@ -68,9 +98,63 @@ def level() -> int:
 
 
 def describe() -> str:
-    """How the kernel runs here, in words."""
+    """How the kernels run here, in words."""
     threads = f"{torch.get_num_threads()} threads" if library().openmp else "1 thread: built without OpenMP"
     return f"{LEVELS[level()]}, {threads}"
+
+
+def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
+    """As reference.quantize."""
+    w = w.detach()
+    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32)
+    bounds, codes = thresholds(kind, _CPU)
+    args = _QuantizeArgs(
+        w=w.data_ptr(),
+        thresholds=bounds.data_ptr(),
+        codes=codes.data_ptr(),
+        packed=packed.data_ptr(),
+        absmax=absmax.data_ptr(),
+        numel=w.numel(),
+        block_size=block_size,
+        dtype=DTYPES[w.dtype],
+        level=level(),
+        threads=torch.get_num_threads(),
+    )
+    if not library().handle.qlorag_nf4_quantize(ctypes.byref(args)):
+        raise QuantizationError(name_nonfinite(w))
+    return packed, absmax
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
+    """As reference.quantize_absmax."""
+    offset = nested_offset(absmax)
+    codes = torch.empty(absmax.numel(), dtype=torch.uint8)
+    nested = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    library().handle.qlorag_nf4_quantize_absmax(
+        absmax.data_ptr(),
+        offset.data_ptr(),
+        dynamic_grid(_CPU).data_ptr(),
+        absmax.numel(),
+        codes.data_ptr(),
+        nested.data_ptr(),
+    )
+    return codes, Nested(nested, offset)
+
+
+def _packed_tensor(
+    packed: Tensor, absmax: Tensor, nested: Nested | None, numel: int, kind: Kind, block_size: int
+) -> _PackedTensor:
+    return _PackedTensor(
+        packed=packed.data_ptr(),
+        absmax=absmax.data_ptr(),
+        nested_absmax=None if nested is None else nested.absmax.data_ptr(),
+        nested_offset=None if nested is None else nested.offset.data_ptr(),
+        dynamic=dynamic_table(_CPU).data_ptr(),
+        table=table(kind, _CPU).data_ptr(),
+        numel=numel,
+        block_size=block_size,
+    )
 
 
 def dequantize(
@@ -83,19 +167,12 @@ def dequantize(
     dtype: torch.dtype,
     out: Tensor | None,
 ) -> Tensor:
-    """As ops.dequantize, which has checked everything: on the CPU, contiguous, of the right length."""
+    """As ops.dequantize: on the CPU, contiguous, of the right length."""
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     args = _DequantizeArgs(
-        packed=packed.data_ptr(),
-        absmax=absmax.data_ptr(),
-        nested_absmax=None if nested is None else nested.absmax.data_ptr(),
-        nested_offset=None if nested is None else nested.offset.data_ptr(),
-        dynamic=dynamic_table(_CPU).data_ptr(),
-        table=table(kind, _CPU).data_ptr(),
+        q=_packed_tensor(packed, absmax, nested, math.prod(shape), kind, block_size),
         out=out.data_ptr(),
-        numel=math.prod(shape),
-        block_size=block_size,
         dtype=DTYPES[dtype],
         level=level(),
         threads=torch.get_num_threads(),

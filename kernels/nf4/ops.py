@@ -1,6 +1,6 @@
 """The operations, their argument checks, and the choice of backend.
 
-Every backend of `dequantize` gives the same bits, so the choice is only about speed. `backend=None` takes the
+Every backend of an operation gives the same bits, so the choice is only about speed. `backend=None` takes the
 C kernel for tensors on the CPU when it could be compiled, and the reference for everything else; a backend
 that is named must run, or QuantizationError says why it cannot. Arguments are checked here, once, for all
 backends: past `_check_packed` no kernel can read or write out of bounds.
@@ -34,12 +34,16 @@ class BackendStatus(NamedTuple):
     detail: str  # how it runs, or why it cannot
 
 
-def quantize(w: Tensor, *, kind: str = "nf4", block_size: int = 64) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, *, kind: str = "nf4", block_size: int = 64, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Code = nearest(table, w / absmax), two codes to a byte (reference.py has the exact rule).
 
-    w: float32, float16 or bfloat16, any shape, contiguous, all finite.
+    w:       float32, float16 or bfloat16, any shape, contiguous, all finite.
+    backend: "c", "reference", or None to choose.
     Returns packed uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)].
-    Raises QuantizationError: wrong dtype, empty, not finite, or no such kind or block_size.
+    Raises QuantizationError: wrong dtype, empty, not finite, no such kind or block_size, or a named backend
+        that cannot run.
     """
     known = check_kind(kind)
     _check_block_size(block_size)
@@ -53,18 +57,22 @@ def quantize(w: Tensor, *, kind: str = "nf4", block_size: int = 64) -> tuple[Ten
         raise QuantizationError(
             f"w with shape {list(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
         )
-    return reference.quantize(w, kind=known, block_size=block_size)
+    return QUANTIZE[choose_backend(w.device, w.dtype, backend)](w, kind=known, block_size=block_size)
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
+def quantize_absmax(absmax: Tensor, *, backend: str | None = None) -> tuple[Tensor, Nested]:
     """8-bit codes of `absmax - mean(absmax)`, and what decodes them: double quantization.
 
-    absmax: float32 [blocks]. Returns codes uint8 [blocks] and Nested.
-    Raises QuantizationError: wrong dtype or shape.
+    absmax: float32 [blocks], contiguous. Returns codes uint8 [blocks] and Nested.
+    Raises QuantizationError: wrong dtype or shape, not finite, or a named backend that cannot run.
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
         raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
-    return reference.quantize_absmax(absmax)
+    if not absmax.is_contiguous():
+        raise QuantizationError(
+            f"absmax is not contiguous (strides {absmax.stride()}): pass absmax.contiguous()"
+        )
+    return QUANTIZE_ABSMAX[choose_backend(absmax.device, absmax.dtype, backend)](absmax)
 
 
 def dequantize(
@@ -119,6 +127,8 @@ def _dequantize_reference(
     return result if out is None else out.copy_(result)
 
 
+QUANTIZE = {"c": cpu.quantize, "reference": reference.quantize}
+QUANTIZE_ABSMAX = {"c": cpu.quantize_absmax, "reference": reference.quantize_absmax}
 Dequantize = Callable[
     [Tensor, Tensor, "Nested | None", tuple[int, ...], Kind, int, torch.dtype, "Tensor | None"], Tensor
 ]
@@ -126,7 +136,7 @@ DEQUANTIZE: dict[str, Dequantize] = {"c": cpu.dequantize, "reference": _dequanti
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    """The key of DEQUANTIZE to use: `backend` itself if it can run, else the fastest that can."""
+    """The backend to use: `backend` itself if it can run, else the fastest that can."""
     if backend is None:
         return "c" if _why_not_c(device, dtype) is None else "reference"
     if backend not in DEQUANTIZE:
@@ -151,14 +161,19 @@ def _why_not_c(device: torch.device, dtype: torch.dtype) -> str | None:
 def available_backends() -> list[BackendStatus]:
     """What can run here, and how, or why not."""
     why = _why_not_c(torch.device("cpu"), torch.float32)
-    try:
-        c = BackendStatus("nf4.dequantize", "c", why is None, why or cpu.describe())
-    except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
-        c = BackendStatus("nf4.dequantize", "c", False, str(error))
+    detail = why or ""
+    if why is None:
+        try:
+            detail = cpu.describe()
+        except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
+            why = detail = str(error)
     return [
-        BackendStatus("nf4.quantize", "reference", True, "plain torch, any device"),
-        c,
-        BackendStatus("nf4.dequantize", "reference", True, "plain torch, any device"),
+        status
+        for operation in ("nf4.quantize", "nf4.dequantize")
+        for status in (
+            BackendStatus(operation, "c", why is None, detail),
+            BackendStatus(operation, "reference", True, "plain torch, any device"),
+        )
     ]
 
 

@@ -67,7 +67,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
         code = codes[torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), bounds, out_int32=True)]
         packed[start // 2 :][: code.numel() // 2] = code[0::2] << 4 | code[1::2]
     if not torch.isfinite(absmax).all():
-        raise QuantizationError(_name_nonfinite(w))
+        raise QuantizationError(name_nonfinite(w))
     return packed, absmax
 
 
@@ -84,7 +84,8 @@ def _scale_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled, absmax
 
 
-def _name_nonfinite(w: Tensor) -> str:
+def name_nonfinite(w: Tensor) -> str:
+    """The message about the first place of `w` that is not finite."""
     where = torch.nonzero(~torch.isfinite(w))[0].tolist()
     value = w[tuple(where)].item()
     return f"w{where} is {value}: only finite values can be quantized; find out what produced it"
@@ -110,11 +111,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     absmax: float32 [blocks]. Returns codes uint8 [blocks] and what decodes them.
     Raises QuantizationError: the mean is beyond float32.
     """
-    offset = absmax.mean()
-    if not torch.isfinite(offset):
-        raise QuantizationError(
-            "the mean of absmax is beyond float32: scale the weights down, or double_quant=False"
-        )
+    offset = nested_offset(absmax)
     blocks = absmax.numel()
     centred = F.pad(absmax - offset, (0, -blocks % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     nested = centred.abs().amax(dim=1)  # [ceil(blocks / 256)]
@@ -123,6 +120,16 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     places = ((scaled + 1) * 0.5 * 65535 + 0.5).int()  # the nearest of 65536 grid points
     codes = dynamic_grid(absmax.device)[places]
     return codes.view(-1)[:blocks].clone(), Nested(nested, offset)
+
+
+def nested_offset(absmax: Tensor) -> Tensor:
+    """The mean of absmax, float32 []. Raises QuantizationError: it is not finite."""
+    offset = absmax.mean()
+    if not torch.isfinite(offset):
+        raise QuantizationError(
+            "the mean of absmax is beyond float32: scale the weights down, or double_quant=False"
+        )
+    return offset
 
 
 def dequantize_absmax(codes: Tensor, nested: Nested) -> Tensor:

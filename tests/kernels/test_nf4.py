@@ -1,4 +1,4 @@
-"""NF4 and FP4: the tables, the definition against bitsandbytes, the C kernel against the definition."""
+"""NF4 and FP4: the tables, the definition against bitsandbytes, dequantizing in C against the definition."""
 
 from __future__ import annotations
 
@@ -190,15 +190,16 @@ def test_quantize_equals_bitsandbytes(block_size, kind, dtype):
         )
         w[block_size : 2 * block_size] = 0
         w = w.to(dtype)
-        packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size)
         want_packed, want = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind)
-        assert torch.equal(packed, want_packed.view(-1))
-        assert torch.equal(absmax, want.absmax)
-        _, want = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=True)
-        codes, nested = nf4.quantize_absmax(absmax)
-        assert torch.equal(codes, want.absmax)
-        assert torch.equal(nested.absmax, want.state2.absmax)
-        assert torch.equal(nested.offset, want.offset)
+        _, double = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=True)
+        for backend in ("reference", "c"):
+            packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size, backend=backend)
+            assert torch.equal(packed, want_packed.view(-1))
+            assert torch.equal(absmax, want.absmax)
+            codes, nested = nf4.quantize_absmax(absmax, backend=backend)
+            assert torch.equal(codes, double.absmax)
+            assert torch.equal(nested.absmax, double.state2.absmax)
+            assert torch.equal(nested.offset, double.offset)
 
 
 @pytest.mark.oracle
@@ -227,10 +228,11 @@ def test_absmax_codes_equal_bitsandbytes_on_many_values():
 
     for seed, scale in itertools.product(range(4), (1e-3, 1.0, 40.0)):
         absmax = torch.rand(40_000 + 77, generator=torch.Generator().manual_seed(seed)) ** 3 * scale
-        codes, nested = nf4.quantize_absmax(absmax)
         want, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
-        assert torch.equal(codes, want)
-        assert torch.equal(nested.absmax, state.absmax)
+        for backend in ("reference", "c"):
+            codes, nested = nf4.quantize_absmax(absmax, backend=backend)
+            assert torch.equal(codes, want)
+            assert torch.equal(nested.absmax, state.absmax)
 
 
 def test_zero_blocks_stay_zero():
@@ -271,9 +273,9 @@ def test_error_is_at_most_half_the_widest_gap(values, kind, block_size):
 
 def test_large_tensors_are_quantized_in_chunks_without_a_seam():
     w = torch.randn(reference.CHUNK + 2 * 4096 + 33, generator=torch.Generator().manual_seed(3))
-    packed, absmax = nf4.quantize(w, block_size=4096)
+    packed, absmax = nf4.quantize(w, block_size=4096, backend="reference")
     start = reference.CHUNK - 4096
-    tail_packed, tail_absmax = nf4.quantize(w[start:].clone(), block_size=4096)
+    tail_packed, tail_absmax = nf4.quantize(w[start:].clone(), block_size=4096, backend="reference")
     assert torch.equal(packed[start // 2 :], tail_packed)
     assert torch.equal(absmax[start // 4096 :], tail_absmax)
 
@@ -283,15 +285,7 @@ def test_reference_in_float64_widens_the_float32_product():
     assert torch.equal(round_trip(w, dtype=torch.float64), round_trip(w).double())
 
 
-# The C kernel.
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    if LEVELS.index(request.param) > cpu.best_level():
-        pytest.skip(f"this processor has {LEVELS[cpu.best_level()]}, not {request.param}")
-    monkeypatch.setenv("QLORAG_CPU_LEVEL", request.param)
-    return request.param
+# Dequantizing in C.
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -402,16 +396,18 @@ def test_levels_are_refused_by_name(monkeypatch):
         (torch.ones(4), {"kind": "int4"}, "kind='int4' is not a 4-bit code: use 'nf4' or 'fp4'"),
     ],
 )
-def test_quantize_refuses(w, options, message):
+@pytest.mark.parametrize("backend", ["reference", "c"])
+def test_quantize_refuses(w, options, message, backend):
     with pytest.raises(QuantizationError, match=message):
-        nf4.quantize(w, **options)
+        nf4.quantize(w, **options, backend=backend)
 
 
-def test_quantize_absmax_refuses():
+@pytest.mark.parametrize("backend", ["reference", "c"])
+def test_quantize_absmax_refuses(backend):
     with pytest.raises(QuantizationError, match=r"absmax is torch\.float16"):
-        nf4.quantize_absmax(torch.ones(4, dtype=torch.float16))
+        nf4.quantize_absmax(torch.ones(4, dtype=torch.float16), backend=backend)
     with pytest.raises(QuantizationError, match="beyond float32"):
-        nf4.quantize_absmax(torch.full((4,), 3e38))
+        nf4.quantize_absmax(torch.full((4,), 3e38), backend=backend)
 
 
 GOOD = {

@@ -198,7 +198,4 @@ def test_counting(make_llama, quantized_class):
     adapter += 2 * (32 + 48) * 2
     assert count_parameters(model) == (adapter, total + adapter)  # weights, not the bytes they are packed in
     text = describe_parameters(model)
-    assert (
-        text.startswith("trainable 0.000576 M of 0.0")
-        and f"({100 * adapter / (total + adapter):.3g} %)" in text
-    )
+    assert text.startswith("trainable 0.000576 M of 0.0") and f"({100 * adapter / (total + adapter):.3g} %)" in text

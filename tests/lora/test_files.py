@@ -122,8 +122,7 @@ def test_a_bf16_adapter_is_stored_in_float32(make_llama, tmp_path):
     again = make_llama()
     load_adapter(again, tmp_path, dtype=torch.bfloat16)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(adapter_state(again).values(), adapter_state(model).values(), strict=True)
+        torch.equal(a, b) for a, b in zip(adapter_state(again).values(), adapter_state(model).values(), strict=True)
     )
 
 
@@ -208,6 +207,7 @@ FAULTS = {
     "no targets": (change(target_modules=None), [CONFIG, "target_modules=null"]),
     "bad targets": (change(target_modules=[1]), [CONFIG, "target_modules=[1]"]),
     "bad target regex": (change(target_modules="("), [CONFIG, "targets='('"]),
+    "bad block pattern": (change(layers_to_transform=[0], layers_pattern="("), [CONFIG, "layers_pattern='('"]),
     "bad blocks": (change(layers_to_transform=["x"]), [CONFIG, 'layers_to_transform=["x"]']),
     # features that change what the tensors mean
     "DoRA": (change(use_dora=True), [CONFIG, "use_dora=true is not supported"]),
@@ -288,9 +288,7 @@ def test_no_folder(llama, tmp_path):
 
 def test_other_model(saved, make_llama):
     """Fewer blocks than the adapter has, and no fingerprint to tell."""
-    with pytest.raises(
-        AdapterError, match=r"layers\.1\.self_attn\.q_proj.*no such linear layer.*q_proj \(1\)"
-    ):
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj.*no such linear layer.*q_proj \(1\)"):
         load_adapter(make_llama(layers=1), saved[0])
 
 

@@ -162,17 +162,13 @@ def test_half_precision_error(rows, dtype, compute):
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
     def formula(wide):
-        W, A, B, xs = (
-            t.detach().to(wide).requires_grad_() for t in (layer.base.weight, layer.lora_A, layer.lora_B, x)
-        )
+        W, A, B, xs = (t.detach().to(wide).requires_grad_() for t in (layer.base.weight, layer.lora_A, layer.lora_B, x))
         out = xs @ W.T + layer.scaling * (xs @ A.T) @ B.T
         out.backward(dy.to(wide))
         return [t.double() for t in (out.detach(), xs.grad, A.grad, B.grad)]
 
     exact = formula(torch.float64)
-    narrow = formula(
-        dtype if compute is None else torch.bfloat16 if torch.bfloat16 in (dtype, compute) else dtype
-    )
+    narrow = formula(dtype if compute is None else torch.bfloat16 if torch.bfloat16 in (dtype, compute) else dtype)
     ours = [t.double() for t in (y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad)]
     for name, mine, torchs, truth in zip(("y", "dx", "dA", "dB"), ours, narrow, exact, strict=True):
         error, reference = (mine - truth).norm(), (torchs - truth).norm()
@@ -238,9 +234,7 @@ def test_dropout_rate_and_scale(p):
     kept = mask.double().mean().item()
     # five standard deviations of a binomial share over 133,533 elements
     assert abs(kept - (1 - p)) < 5 * math.sqrt(p * (1 - p) / x.numel())
-    assert s == pytest.approx(
-        2 / (1 - p), rel=2e-4
-    )  # p is rounded to 2^-16, which moves 1 - p by 1.5e-4 at 0.9
+    assert s == pytest.approx(2 / (1 - p), rel=2e-4)  # p is rounded to 2^-16, which moves 1 - p by 1.5e-4 at 0.9
     again, _ = _mask(x, p, 3, 2.0)
     other, _ = _mask(x, p, 4, 2.0)
     assert torch.equal(mask, again)

@@ -114,9 +114,7 @@ def test_refusals_leave_the_model_as_it_was(llama, ids, fill_b):
     fill_b(llama)
     last = llama.model.layers[1].mlp.down_proj
     last.lora_B.data[0, 0] = float("nan")
-    with pytest.raises(
-        AdapterError, match=r"model\.layers\.1\.mlp\.down_proj: lora_A or lora_B is not finite"
-    ):
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.down_proj: lora_A or lora_B is not finite"):
         merge(llama)
     assert isinstance(llama.model.layers[0].self_attn.q_proj, LoRALinear)
 

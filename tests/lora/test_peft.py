@@ -28,9 +28,7 @@ CASES = [
         {"target_modules": r".*\.(q|k)_proj", "exclude_modules": ["layers.0.self_attn.k_proj"]},
     ),
     (
-        LoRAConfig(
-            rank_pattern={"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 5}, alpha_pattern={"o_proj": 32.0}
-        ),
+        LoRAConfig(rank_pattern={"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 5}, alpha_pattern={"o_proj": 32.0}),
         {
             "target_modules": "all-linear",
             "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 5},
@@ -70,9 +68,7 @@ def test_peft_loads_what_we_save(make_llama, ids, tmp_path, ours, _theirs):
         if name.endswith(".lora_A.default")
     }
     assert wrapped == set(chosen)
-    assert not torch.allclose(
-        logits(model, ids), logits(make_llama(), ids), atol=1e-3
-    )  # the adapter does something
+    assert not torch.allclose(logits(model, ids), logits(make_llama(), ids), atol=1e-3)  # the adapter does something
     torch.testing.assert_close(logits(model, ids), logits(peft, ids), **TOLERANCE)
     merged = peft.merge_and_unload()
     merge(model)
@@ -99,9 +95,7 @@ def test_we_load_what_peft_saves(make_llama, ids, tmp_path, _ours, theirs, adapt
 def test_files_are_the_same(make_llama, tmp_path, ours, theirs):
     """Key for key: the config's fields and the tensors' names, shapes and dtypes."""
     arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | theirs
-    get_peft_model(make_llama(dtype=torch.bfloat16), LoraConfig(**arguments)).save_pretrained(
-        tmp_path / "peft"
-    )
+    get_peft_model(make_llama(dtype=torch.bfloat16), LoraConfig(**arguments)).save_pretrained(tmp_path / "peft")
     model = make_llama(dtype=torch.bfloat16)
     attach(model, ours)
     save_adapter(model, tmp_path / "ours")
@@ -120,9 +114,7 @@ def test_files_are_the_same(make_llama, tmp_path, ours, theirs):
     differing = {key for key in configs[0] if configs[0][key] != configs[1][key]}
     assert differing <= spelled
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
-    assert {k: (v.shape, v.dtype) for k, v in theirs.items()} == {
-        k: (v.shape, v.dtype) for k, v in ours.items()
-    }
+    assert {k: (v.shape, v.dtype) for k, v in theirs.items()} == {k: (v.shape, v.dtype) for k, v in ours.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,9 +131,7 @@ def test_training_follows_peft(make_llama, ids, tmp_path, dtype):
             optimizer.zero_grad()
             model(ids, labels=ids).loss.backward()
             optimizer.step()
-    theirs = {
-        name.replace(".default", ""): p.detach() for name, p in peft.named_parameters() if p.requires_grad
-    }
+    theirs = {name.replace(".default", ""): p.detach() for name, p in peft.named_parameters() if p.requires_grad}
     mine = adapter_state(ours)
     assert theirs.keys() == mine.keys()
     moved = sum(float(v.norm() ** 2) for k, v in mine.items() if "lora_B" in k) ** 0.5

@@ -1,0 +1,129 @@
+"""The machine: what it is, and what it reaches. Every percentage in this folder is a percentage of these peaks.
+
+    python bench/hardware.py [--threads N] [--json FILE]
+
+    read       a sum over an array much larger than the caches         GB/s: bytes read, none written
+    GEMM       a product of two square matrices, float32 and bfloat16  GFLOP/s: 2 n^3 each
+
+A peak is the best of its repeats, not the median: it stands for what the hardware allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import child
+
+PACKAGES = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "sentence-transformers", "hnswlib")
+READ_BYTES = 512 * 2**20
+GEMM_SIZE = 2048
+REPEATS = 7
+
+
+def describe() -> dict[str, Any]:
+    """The machine and what is installed on it."""
+    return {
+        "cpu": _cpu_name(),
+        "processors": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def measure_peaks() -> dict[str, Any]:
+    """Job for a child: the peaks at its number of threads, on its first CUDA device if it has one."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    memory = torch.ones(READ_BYTES // 4, device=device)
+
+    def best(action: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            action()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    def gemm(dtype: torch.dtype) -> float:
+        x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+        out = torch.empty_like(x)
+        return 2 * GEMM_SIZE**3 / best(lambda: torch.mm(x, x, out=out)) / 1e9
+
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": _instructions(),
+        "read_gb_per_s": READ_BYTES / best(memory.sum) / 1e9,
+        "float32_gflop_per_s": gemm(torch.float32),
+        "bfloat16_gflop_per_s": gemm(torch.bfloat16),
+        "gemm_size": GEMM_SIZE,
+    }
+
+
+def peaks(threads: int) -> dict[str, Any]:
+    """`measure_peaks` in a process of its own, and how busy the machine was: a busy one makes all figures wrong."""
+    load = os.getloadavg()[0]
+    found = child.run(__file__, child.Job("measure_peaks", {}), threads=threads)
+    return {name: value for name, value in found.items() if name != "peak_rss_mib"} | {"load_before": load}
+
+
+def heading(found: dict[str, Any]) -> str:
+    """The line that stands above every table."""
+    return (
+        f"{found['device']}, {found['threads']} threads, torch {_version('torch')} ({found['instructions']}); "
+        f"read {found['read_gb_per_s']:.1f} GB/s, GEMM {found['float32_gflop_per_s']:.0f} GFLOP/s float32, "
+        f"{found['bfloat16_gflop_per_s']:.0f} bfloat16; load before {found['load_before']:.1f}"
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The vector instructions torch uses, and whether bfloat16 products have instructions of their own."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    bf16 = [name for name in ("avx512_bf16", "amx_bf16", "arm_bf16") if capabilities.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *bf16])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=child.default_threads(), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    args = parser.parse_args()
+    result = describe() | {"peaks": peaks(args.threads)}
+    print(heading(result["peaks"]))
+    print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
+    if args.json:
+        child.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    child.serve(measure_peaks)
+    main()

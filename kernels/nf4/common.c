@@ -1,0 +1,110 @@
+/* What the operations of this folder share: the packed tensor, its scales, and the 16-bit floats.
+
+   Layout: byte i of `packed` holds element 2i in its high nibble and 2i + 1 in its low one. Blocks run over the
+   flattened tensor, and their sizes are multiples of 32, so every block starts on a byte.
+
+   Every table comes from codebook.py with each call; there is no second copy of them in C. Arguments are checked in
+   ops.py. No operation keeps state, and each splits its work so that the number of threads cannot change a bit. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define X86 1
+#include <immintrin.h>
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { SCALAR, AVX2, AVX512 };         /* native/level.py: LEVELS */
+enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */
+enum { NESTED_BLOCK_SIZE = 256 };      /* reference.py */
+enum { TASK = 65536 };                 /* elements: enough work to be worth handing to a thread */
+
+typedef struct {
+    const uint8_t *packed;       /* [ceil(numel / 2)] */
+    const void *absmax;          /* float [blocks], or uint8_t [blocks] if nested_absmax */
+    const float *nested_absmax;  /* [ceil(blocks / 256)], or NULL */
+    const float *nested_offset;  /* [1], or NULL */
+    const float *dynamic;        /* [256] 8-bit table */
+    const float *table;          /* [16] 4-bit table */
+    int64_t numel, block_size;
+} packed_tensor;
+
+/* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. Any NaN
+   becomes the plain one, whose low bits are 0: then rounding by addition keeps it a NaN. */
+INLINE float scale_of(const packed_tensor *q, int64_t block) {
+    float scale;
+    if (q->nested_absmax) {
+        scale = q->dynamic[((const uint8_t *)q->absmax)[block]] * q->nested_absmax[block / NESTED_BLOCK_SIZE];
+        scale += *q->nested_offset;
+    } else {
+        scale = ((const float *)q->absmax)[block];
+    }
+    return scale == scale ? scale : NAN;
+}
+
+/* Float32 to 16 bits, to nearest even, and back. */
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+INLINE float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+INLINE uint16_t to_bfloat16(float x) {
+    const uint32_t u = bits_of(x == x ? x : NAN);
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE uint16_t to_float16(float x) {
+    const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);  /* NaN */
+    if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds to 65536 or more: infinity */
+    if (magnitude >= 0x38800000)                                   /* normal: move the exponent, drop 13 bits */
+        return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+    /* Subnormal: adding 0.5 leaves exactly the bits that float16 keeps, rounded by the hardware. */
+    return (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
+}
+
+INLINE float from_float16(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13); /* infinity, NaN */
+    /* Its bits as a float32 stand for 2^-112 of its value, subnormals included. */
+    const float value = float_of(magnitude << 13) * 0x1p112f;
+    return sign ? -value : value;
+}
+
+/* Element i of an array of any of the three types. */
+INLINE float load(const void *x, int64_t i, int32_t dtype) {
+    if (dtype == FLOAT32) return ((const float *)x)[i];
+    const uint16_t half = ((const uint16_t *)x)[i];
+    return dtype == BFLOAT16 ? float_of((uint32_t)half << 16) : from_float16(half);
+}
+
+#ifdef X86
+
+TARGET_AVX2 INLINE __m256 load_avx2(const void *x, int64_t i, int32_t dtype) { /* elements i .. i + 7 */
+    if (dtype == FLOAT32) return _mm256_loadu_ps((const float *)x + i);
+    const __m128i halves = _mm_loadu_si128((const __m128i *)((const uint16_t *)x + i));
+    if (dtype == FLOAT16) return _mm256_cvtph_ps(halves);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+TARGET_AVX512 INLINE __m512 load_avx512(const void *x, int64_t i, int32_t dtype) { /* elements i .. i + 15 */
+    if (dtype == FLOAT32) return _mm512_loadu_ps((const float *)x + i);
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)x + i));
+    if (dtype == FLOAT16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+#endif /* X86 */

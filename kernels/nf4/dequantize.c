@@ -1,0 +1,245 @@
+/* 4-bit block dequantization:   out[i] = round(table[code[i]] * absmax[i / block_size])
+
+   One idea serves every output type and instruction set. A block has one scale and 16 codes, so it has only 16
+   possible results. Multiply the 16 table entries by the block's absmax, round those 16 once to the output type,
+   and what is left per element is a lookup in a register, with no arithmetic:
+
+       float32           16 entries x 4 bytes = one 512-bit register      vpermps (AVX-512), 2 x vpermps (AVX2)
+       float16, bfloat16 16 entries x 2 bytes                             vpermw  (AVX-512), 2 x vpshufb (AVX2)
+
+   Rounding the entry is rounding the element, so the result is bit-equal to reference.py: the product is float32
+   and is rounded once, to nearest even. This needs -ffp-contract=off, since a fused multiply-add in the decoding
+   of double-quantized scales would have other bits.
+
+   The vector loops take 32 elements (16 bytes) at a time and never read past a block; the rest of a ragged last
+   block is scalar. */
+
+typedef struct {
+    packed_tensor q;
+    void *out;                   /* [numel] */
+    int32_t dtype, level, threads;
+    int32_t stream;              /* write past the caches: see STREAM_BYTES in cpu.py */
+} dequantize_args;
+
+static inline int64_t length_of(const dequantize_args *a, int64_t block) {
+    const int64_t left = a->q.numel - block * a->q.block_size;
+    return left < a->q.block_size ? left : a->q.block_size;
+}
+
+/* Scalar. */
+
+static void lookup_32(const uint8_t *packed, const float *lut, float *out, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        out[2 * i] = lut[packed[i] >> 4];
+        out[2 * i + 1] = lut[packed[i] & 15];
+    }
+    if (n & 1) out[n - 1] = lut[packed[n / 2] >> 4];
+}
+
+static void lookup_16(const uint8_t *packed, const uint16_t *lut, uint16_t *out, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) {
+        out[2 * i] = lut[packed[i] >> 4];
+        out[2 * i + 1] = lut[packed[i] & 15];
+    }
+    if (n & 1) out[n - 1] = lut[packed[n / 2] >> 4];
+}
+
+static void blocks_32_scalar(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size;
+        const float scale = scale_of(&a->q, block);
+        float lut[16];
+        for (int c = 0; c < 16; c++) lut[c] = a->q.table[c] * scale;
+        lookup_32(a->q.packed + start / 2, lut, (float *)a->out + start, length_of(a, block));
+    }
+}
+
+static void blocks_16_scalar(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size;
+        const float scale = scale_of(&a->q, block);
+        uint16_t lut[16];
+        for (int c = 0; c < 16; c++) {
+            const float x = a->q.table[c] * scale;
+            lut[c] = a->dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        }
+        lookup_16(a->q.packed + start / 2, lut, (uint16_t *)a->out + start, length_of(a, block));
+    }
+}
+
+#ifdef X86
+
+/* AVX2. */
+
+/* 8 x float32 -> 8 x bfloat16 in the low half of each 32-bit lane */
+TARGET_AVX2 static inline __m256i bfloat16_avx2(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+}
+
+TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m256 table_low = _mm256_loadu_ps(a->q.table), table_high = _mm256_loadu_ps(a->q.table + 8);
+    const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24); /* of 8 nibbles in a dword, in order */
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        float *out = (float *)a->out + start;
+        const __m256 scale = _mm256_set1_ps(scale_of(&a->q, block));
+        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        for (int64_t i = 0; i < whole; i += 8) {
+            int32_t word;
+            memcpy(&word, packed + i / 2, 4);
+            const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+            const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)); /* bit 3 becomes the sign */
+            const __m256 from_low = _mm256_permutevar8x32_ps(low, code), from_high = _mm256_permutevar8x32_ps(high, code);
+            const __m256 values = _mm256_blendv_ps(from_low, from_high, in_high);
+            if (a->stream) _mm256_stream_ps(out + i, values);
+            else _mm256_storeu_ps(out + i, values);
+        }
+        if (whole < n) {
+            float lut[16];
+            _mm256_storeu_ps(lut, low);
+            _mm256_storeu_ps(lut + 8, high);
+            lookup_32(packed + whole / 2, lut, out + whole, n - whole);
+        }
+    }
+}
+
+TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m256 table_low = _mm256_loadu_ps(a->q.table), table_high = _mm256_loadu_ps(a->q.table + 8);
+    const __m128i bytes = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        uint16_t *out = (uint16_t *)a->out + start;
+        const __m256 scale = _mm256_set1_ps(scale_of(&a->q, block));
+        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        __m128i lut_low, lut_high; /* entries 0..7 and 8..15, 16 bits each */
+        if (a->dtype == BFLOAT16) {
+            const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat16_avx2(low), bfloat16_avx2(high)), 0xd8);
+            lut_low = _mm256_castsi256_si128(both);
+            lut_high = _mm256_extracti128_si256(both, 1);
+        } else {
+            lut_low = _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
+            lut_high = _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT);
+        }
+        /* vpshufb looks up bytes: one table of the 16 low bytes, one of the 16 high bytes. */
+        const __m128i split_low = _mm_shuffle_epi8(lut_low, bytes), split_high = _mm_shuffle_epi8(lut_high, bytes);
+        const __m256i lut_byte0 = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(split_low, split_high));
+        const __m256i lut_byte1 = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(split_low, split_high));
+        for (int64_t i = 0; i < whole; i += 32) {
+            const __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
+            const __m256i code = /* 32 bytes, one code each, in order */
+                _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(pair, 4), _mm256_slli_epi16(pair, 8)), _mm256_set1_epi8(15));
+            const __m256i byte0 = _mm256_shuffle_epi8(lut_byte0, code), byte1 = _mm256_shuffle_epi8(lut_byte1, code);
+            const __m256i a0 = _mm256_unpacklo_epi8(byte0, byte1), a1 = _mm256_unpackhi_epi8(byte0, byte1);
+            const __m256i values0 = _mm256_permute2x128_si256(a0, a1, 0x20);
+            const __m256i values1 = _mm256_permute2x128_si256(a0, a1, 0x31);
+            if (a->stream) {
+                _mm256_stream_si256((__m256i *)(out + i), values0);
+                _mm256_stream_si256((__m256i *)(out + i + 16), values1);
+            } else {
+                _mm256_storeu_si256((__m256i *)(out + i), values0);
+                _mm256_storeu_si256((__m256i *)(out + i + 16), values1);
+            }
+        }
+        if (whole < n) {
+            uint16_t lut[16];
+            _mm_storeu_si128((__m128i *)lut, lut_low);
+            _mm_storeu_si128((__m128i *)(lut + 8), lut_high);
+            lookup_16(packed + whole / 2, lut, out + whole, n - whole);
+        }
+    }
+}
+
+/* AVX-512 (F, BW, VL, DQ). */
+
+/* 16 x float32 -> 16 lanes of 32 bits, each holding its bfloat16 (or float16) in both halves */
+TARGET_AVX512 static inline __m512i twice_bfloat16(__m512 x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
+    return _mm512_or_si512(_mm512_srli_epi32(rounded, 16), _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff0000)));
+}
+
+TARGET_AVX512 static inline __m512i twice_float16(__m512 x) {
+    const __m512i once = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_or_si512(once, _mm512_slli_epi32(once, 16));
+}
+
+TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m512 table = _mm512_loadu_ps(a->q.table);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        float *out = (float *)a->out + start;
+        const __m512 lut = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(&a->q, block)));
+        for (int64_t i = 0; i < whole; i += 16) {
+            /* Each byte b goes to a 64-bit lane: low half b >> 4, high half b. vpermps reads 4 bits of a half. */
+            const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
+            const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+            const __m512 values = _mm512_permutexvar_ps(code, lut);
+            if (a->stream) _mm512_stream_ps(out + i, values);
+            else _mm512_storeu_ps(out + i, values);
+        }
+        if (whole < n) {
+            float entries[16];
+            _mm512_storeu_ps(entries, lut);
+            lookup_32(packed + whole / 2, entries, out + whole, n - whole);
+        }
+    }
+}
+
+TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t first, int64_t last) {
+    const __m512 table = _mm512_loadu_ps(a->q.table);
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        uint16_t *out = (uint16_t *)a->out + start;
+        const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(&a->q, block)));
+        const __m512i lut = a->dtype == BFLOAT16 ? twice_bfloat16(scaled) : twice_float16(scaled);
+        for (int64_t i = 0; i < whole; i += 32) {
+            /* Each byte b goes to a 32-bit lane. vpermw reads 5 bits of each half: the code in bits 1 to 4, and any
+               bit 0, because every entry stands twice. So b >> 3 in the low half and b << 1 in the high one. */
+            const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
+            const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 3), _mm512_slli_epi32(byte, 17));
+            const __m512i values = _mm512_permutexvar_epi16(code, lut);
+            if (a->stream) _mm512_stream_si512((__m512i *)(out + i), values);
+            else _mm512_storeu_si512(out + i, values);
+        }
+        if (whole < n) {
+            uint16_t entries[16];
+            _mm256_storeu_si256((__m256i *)entries, _mm512_cvtepi32_epi16(lut));
+            lookup_16(packed + whole / 2, entries, out + whole, n - whole);
+        }
+    }
+}
+
+#endif /* X86 */
+
+typedef void (*dequantize_blocks)(const dequantize_args *, int64_t first, int64_t last);
+
+static dequantize_blocks choose_dequantize(const dequantize_args *a) {
+    const int wide = a->dtype == FLOAT32;
+#ifdef X86
+    if (a->level == AVX512) return wide ? blocks_32_avx512 : blocks_16_avx512;
+    if (a->level == AVX2) return wide ? blocks_32_avx2 : blocks_16_avx2;
+#endif
+    return wide ? blocks_32_scalar : blocks_16_scalar;
+}
+
+void qlorag_nf4_dequantize(const dequantize_args *a) {
+    const dequantize_blocks run = choose_dequantize(a);
+    const int64_t blocks = (a->q.numel + a->q.block_size - 1) / a->q.block_size;
+    const int64_t step = TASK / a->q.block_size;
+    const int64_t tasks = (blocks + step - 1) / step;
+#pragma omp parallel for schedule(static) num_threads(a->threads) if (tasks > 1 && a->threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t first = task * step;
+        run(a, first, first + step < blocks ? first + step : blocks);
+#ifdef X86
+        if (a->stream) _mm_sfence(); /* streamed stores become visible before the threads meet */
+#endif
+    }
+}

@@ -181,13 +181,13 @@ def main() -> None:
     if args.tokens < 8:
         raise SystemExit(f"--tokens {args.tokens}: wanted at least 8, to time what follows the first")
     folder = args.model or child.pulled("smollm2-135m-instruct")
-    peaks = hardware.peaks(args.threads)
-    print(hardware.heading(peaks))
+    machine = hardware.machine(args.threads)
+    print(hardware.heading(machine))
     print(f"prompt {args.prompt_tokens} tokens, {args.tokens} generated; tokens per second")
     job = child.Job("prompt", {"folder": folder, "tokens": args.prompt_tokens})
     ids = child.run(__file__, job, threads=args.threads)["ids"]
     result: dict[str, Any] = {
-        "peaks": peaks,
+        "machine": machine,
         "rounds": args.rounds,
         "prompt_tokens": args.prompt_tokens,
         "tokens": args.tokens,
@@ -203,8 +203,8 @@ def main() -> None:
         check(rows, tokens=args.tokens)
         ours = answers["qlorag"][0]
         limits = {
-            "prefill": peaks["bfloat16_gflop_per_s"] * 1e9 / (2 * ours["layer_weights"]),
-            "decode": peaks["read_gb_per_s"] * 1e9 / ours["bytes_per_token"],
+            "prefill": machine["peaks"]["bfloat16_gflop_per_s"] * 1e9 / (2 * ours["layer_weights"]),
+            "decode": machine["peaks"]["read_gb_per_s"] * 1e9 / ours["bytes_per_token"],
         }
         show(base, rows, limits, tokens=args.tokens)
         result["bases"][base] = {"limits": limits, "bytes_per_token": ours["bytes_per_token"], "candidates": rows}

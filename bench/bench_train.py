@@ -269,14 +269,14 @@ def main() -> None:
     if args.steps < WARM_UP + 2:
         raise SystemExit(f"--steps {args.steps}: wanted at least {WARM_UP + 2}, {WARM_UP} of them warm-up")
     folder = args.model or child.pulled("smollm2-135m-instruct")
-    peaks = hardware.peaks(args.threads)
-    print(hardware.heading(peaks))
+    machine = hardware.machine(args.threads)
+    print(hardware.heading(machine))
     answers, weights = measure(folder, args.bases, steps=args.steps, rounds=args.rounds, threads=args.threads)
-    limit = peaks["bfloat16_gflop_per_s"] * 1e9 / (4 * weights)
+    limit = machine["peaks"]["bfloat16_gflop_per_s"] * 1e9 / (4 * weights)
     print(f"limit {limit:.0f} tok/s = bfloat16 GEMM peak / 4P, P = {weights / 1e6:.1f} M; "
           f"{args.steps} steps a round, {args.rounds} rounds")  # fmt: skip
     result: dict[str, Any] = {
-        "peaks": peaks,
+        "machine": machine,
         "steps": args.steps,
         "rounds": args.rounds,
         "product_weights": weights,

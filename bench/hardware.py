@@ -73,19 +73,25 @@ def measure_peaks() -> dict[str, Any]:
     }
 
 
-def peaks(threads: int) -> dict[str, Any]:
-    """`measure_peaks` in a process of its own, and how busy the machine was: a busy one makes all figures wrong."""
+def machine(threads: int) -> dict[str, Any]:
+    """`describe`, and under "peaks" `measure_peaks` from a process of its own.
+
+    "load_before" says how busy the machine was: on a busy one every figure is wrong.
+    """
     load = os.getloadavg()[0]
     found = child.run(__file__, child.Job("measure_peaks", {}), threads=threads)
-    return {name: value for name, value in found.items() if name != "peak_rss_mib"} | {"load_before": load}
+    found.pop("peak_rss_mib")
+    return describe() | {"peaks": found | {"load_before": load}}
 
 
-def heading(found: dict[str, Any]) -> str:
-    """The line that stands above every table."""
+def heading(machine: dict[str, Any]) -> str:
+    """What stands above every table: device, peaks, versions."""
+    peaks = machine["peaks"]
     return (
-        f"{found['device']}, {found['threads']} threads, torch {_version('torch')} ({found['instructions']}); "
-        f"read {found['read_gb_per_s']:.1f} GB/s, GEMM {found['float32_gflop_per_s']:.0f} GFLOP/s float32, "
-        f"{found['bfloat16_gflop_per_s']:.0f} bfloat16; load before {found['load_before']:.1f}"
+        f"{peaks['device']}, {peaks['threads']} threads ({peaks['instructions']}), load before {peaks['load_before']:.1f}\n"
+        f"peaks: read {peaks['read_gb_per_s']:.1f} GB/s; GEMM {peaks['float32_gflop_per_s']:.0f} GFLOP/s float32, "
+        f"{peaks['bfloat16_gflop_per_s']:.0f} bfloat16\n"
+        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     )
 
 
@@ -117,11 +123,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=child.default_threads(), help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
-    result = describe() | {"peaks": peaks(args.threads)}
-    print(heading(result["peaks"]))
-    print(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
+    found = machine(args.threads)
+    print(heading(found))
     if args.json:
-        child.write_json(args.json, result)
+        child.write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -54,16 +54,20 @@ def load_model(
     _check_names(parameters, checkpoint, optional=() if head else ("lm_head.weight",))
     _check_shapes(parameters, checkpoint)
     linears = {f"{n}.weight" for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    # One buffer for all tensors that are packed and then dropped: malloc would leave holes of their sizes behind.
+    sizes = [checkpoint.nbytes(name) for name in linears] if quantize else []
+    scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name in parameters:
         if name == "lm_head.weight" and not head:
             continue
-        tensor = _read(checkpoint, name, check_finite=check_finite)
-        if quantize is not None and name in linears:
+        packs = quantize is not None and name in linears
+        tensor = _read(checkpoint, name, scratch=scratch if packs else None, check_finite=check_finite)
+        if packs:
             # From the stored values, not from a copy rounded to the compute dtype.
             path = name.removesuffix(".weight")
             linear = model.get_submodule(path)
             assert isinstance(linear, nn.Linear)  # `linears` names no others
-            q = quantize_tensor(tensor, kind=quantize, block_size=block_size, double_quant=double_quant)
+            q = quantize_tensor(tensor, kind=str(quantize), block_size=block_size, double_quant=double_quant)
             _put_module(model, path, QuantizedLinear.from_quantized(q, bias=linear.bias))
         else:
             _put_parameter(model, name, tensor.to(dtype))
@@ -117,8 +121,8 @@ def _some(names: list[str], *, most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _read(checkpoint: Checkpoint, name: str, *, check_finite: bool) -> Tensor:
-    tensor = checkpoint.read(name)
+def _read(checkpoint: Checkpoint, name: str, *, scratch: Tensor | None, check_finite: bool) -> Tensor:
+    tensor = checkpoint.read(name, scratch=scratch)
     if not tensor.is_floating_point():
         raise WeightsError(
             f"{checkpoint.file(name)}: {name} has dtype {checkpoint.dtype(name)}, wanted floating point: "

@@ -78,9 +78,11 @@ class SafetensorsFile:
         except OSError as fault:
             raise WeightsError(f"{self.path}: cannot be read ({fault.strerror}): check the path") from None
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, freshly allocated, in the file's own dtype and shape.
+    def read(self, name: str, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor `name` in the file's own dtype and shape.
 
+        scratch: uint8 [at least its bytes] to read into, for a tensor that is used up before the next is read; the
+                 result shares its memory. None allocates.
         Raises WeightsError: the name or its dtype is unknown, or the file has shrunk since it was opened.
         """
         entry = self.entries.get(name)
@@ -91,10 +93,11 @@ class SafetensorsFile:
             raise WeightsError(
                 f"{self.path}: {name}: dtype {entry.dtype} cannot be read here, only {', '.join(TORCH_DTYPES)}"
             )
-        out = torch.empty(entry.shape, dtype=dtype)
-        if entry.end > entry.begin:
-            self._pread_into(out.view(-1).view(torch.uint8).numpy().data, entry.begin, name)
-        return out
+        size = entry.end - entry.begin
+        raw = torch.empty(size, dtype=torch.uint8) if scratch is None else scratch[:size]
+        if size:
+            self._pread_into(raw.numpy().data, entry.begin, name)
+        return raw.view(dtype).view(entry.shape)
 
     def _pread_into(self, buffer: memoryview, offset: int, name: str) -> None:
         with self.path.open("rb", buffering=0) as f:
@@ -238,13 +241,18 @@ class Checkpoint:
         """The tensor's dtype as the file spells it, e.g. "BF16"."""
         return self.entry(name).dtype
 
+    def nbytes(self, name: str) -> int:
+        """The tensor's size in the file, in bytes."""
+        entry = self.entry(name)
+        return entry.end - entry.begin
+
     def file(self, name: str) -> Path:
         """The file that holds the tensor."""
         return self._file(name).path
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, freshly allocated, in the file's dtype."""
-        return self._file(name).read(name)
+    def read(self, name: str, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor in the file's dtype, freshly allocated or in `scratch`, see `SafetensorsFile.read`."""
+        return self._file(name).read(name, scratch=scratch)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, tensor), read one at a time."""

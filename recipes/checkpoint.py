@@ -2,7 +2,7 @@
 
     ADAPTER_PATH/checkpoints/step-0000050/
         adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
-        optimizer.safetensors                            AdamW's moments, float32, and its step counts
+        optimizer.safetensors                            AdamW's two moments, float32
         trainer.json                                     step, and the settings the run was started with
 
 A checkpoint is written into a hidden folder beside its place and renamed when every file in it is on disk. A folder
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .errors import TrainingError
@@ -42,7 +42,9 @@ def save_checkpoint(
     target = parent / f"step-{trainer.step:07d}"
     with new_folder(target) as building:
         save_adapter(building)
-        save_file(_optimizer_tensors(trainer), building / "optimizer.safetensors")
+        # The number of updates is not the step: a step that was not finite made none.
+        updates = {"updates": str(trainer.optimizer.steps)}
+        save_file(trainer.optimizer.state(), building / "optimizer.safetensors", metadata=updates)
         (building / "trainer.json").write_text(
             json.dumps({"step": trainer.step, "settings": settings}, indent=2) + "\n", encoding="utf-8"
         )
@@ -77,33 +79,12 @@ def read_state(folder: Path, *, settings: dict[str, Any]) -> int:
 
 
 def restore_optimizer(trainer: Trainer, folder: Path, *, step: int) -> None:
-    """Puts the moments back. Raises TrainingError: they do not belong to these parameters."""
+    """Puts the moments back. Raises TrainingError: they are damaged or do not belong to these parameters."""
     path = folder / "optimizer.safetensors"
     try:
-        tensors = load_file(path)
-    except Exception as fault:  # safetensors raises its own type, which derives from Exception alone
+        with safe_open(path, framework="pt") as file:
+            updates = int((file.metadata() or {})["updates"])
+        trainer.optimizer.load_state(load_file(path), steps=updates)
+    except (SafetensorError, OSError, ValueError, KeyError) as fault:
         raise TrainingError(f"{path}: cannot be read ({fault}): remove {folder} and resume again") from None
-    wanted = {f"{kind}.{name}" for name in trainer.parameters for kind in _KINDS}
-    if step and wanted != tensors.keys():
-        odd = sorted(wanted.symmetric_difference(tensors))
-        raise TrainingError(f"{path}: {odd[0]} is there or missing against expectation ({len(odd)} such)")
-    state = {
-        i: {kind: tensors[f"{kind}.{name}"] for kind in _KINDS}
-        for i, name in enumerate(trainer.parameters)
-        if f"step.{name}" in tensors
-    }
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": trainer.optimizer.state_dict()["param_groups"]})
     trainer.step = step
-
-
-_KINDS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    state = trainer.optimizer.state
-    return {
-        f"{kind}.{name}": state[parameter][kind].contiguous()
-        for name, parameter in trainer.parameters.items()
-        if parameter in state
-        for kind in _KINDS
-    }

@@ -28,6 +28,7 @@ from ..kernels.cross_entropy import linear_cross_entropy
 from ..lora import trainable_parameters
 from ..models import Decoder
 from ..models.generate import peak_memory_bytes
+from .adamw import AdamW, clip_gradients
 from .data import Example, batch_indices
 from .errors import TrainingError
 
@@ -174,9 +175,7 @@ class Trainer:
         self.parameters = dict(trainable_parameters(model))
         if not self.parameters:
             raise TrainingError("no parameter of the model is trainable: attach an adapter first")
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = AdamW(self.parameters, weight_decay=settings.weight_decay)
         self.step = 0
         self._bad = 0
 
@@ -191,19 +190,17 @@ class Trainer:
         trained = sum(len(b.labels) for b in batches)
         torch.manual_seed((s.seed << 32) + self.step)  # of dropout
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = 0.0
         for batch in batches:
             part = summed_loss(self.model, batch) / trained
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), s.clip or math.inf).item()
+        norm = clip_gradients(self.parameters, s.clip)
         rate = learning_rate(self.step, s)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            self.optimizer.step(rate)
         self._count_bad(finite, loss, norm, chosen)
         self.step += 1
         tokens = sum(b.ids.shape[1] for b in batches)

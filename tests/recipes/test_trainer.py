@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from qlorag.lora import LoRAConfig, attach, trainable_parameters
 from qlorag.models import Decoder, load_model
+from qlorag.recipes.adamw import AdamW, clip_gradients
 from qlorag.recipes.cli import main
 from qlorag.recipes.data import Example
 from qlorag.recipes.errors import TrainingError
@@ -139,6 +140,28 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny_dir: Path) -> None:
     trainer.take_step()
     with pytest.raises(TrainingError, match=r"step 4: loss nan .* 3 times in a row \(last rows: lines"):
         trainer.take_step()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_torchs(decay: float) -> None:
+    torch.manual_seed(0)
+    ours = {"a": torch.nn.Parameter(torch.randn(4, 3)), "b": torch.nn.Parameter(torch.randn(5))}
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours.values()]
+    optimizer = AdamW(ours, weight_decay=decay)
+    wanted = torch.optim.AdamW(theirs, lr=1.0, weight_decay=decay)
+    for step in range(20):
+        rate = 1e-2 / (step + 1)
+        for group in wanted.param_groups:
+            group["lr"] = rate
+        for p, q in zip(ours.values(), theirs, strict=True):
+            p.grad = torch.randn_like(p) * 10.0 ** (step % 5 - 3)
+            q.grad = p.grad.clone()
+        norm = clip_gradients(ours, 0.5)
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, 0.5)), rel=1e-5)
+        optimizer.step(rate)
+        wanted.step()
+        for p, q in zip(ours.values(), theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # the same formula, rounded in another order
 
 
 def test_nothing_to_train(tiny_dir: Path) -> None:

@@ -5,7 +5,8 @@
     read       a sum over an array much larger than the caches         GB/s: bytes read, none written
     GEMM       a product of two square matrices, float32 and bfloat16  GFLOP/s: 2 n^3 each
 
-A peak is the best of its repeats, not the median: it stands for what the hardware allows.
+A peak is the best of its repeats, not the median: it stands for what the hardware allows. All of it is about the
+processor, because nothing in this folder runs on a GPU.
 """
 
 from __future__ import annotations
@@ -40,30 +41,26 @@ def describe() -> dict[str, Any]:
 
 
 def measure_peaks() -> dict[str, Any]:
-    """Job for a child: the peaks at its number of threads, on its first CUDA device if it has one."""
+    """Job for a child: the processor's peaks at that child's number of threads."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    memory = torch.ones(READ_BYTES // 4, device=device)
+    memory = torch.ones(READ_BYTES // 4)
 
     def best(action: Callable[[], Any]) -> float:
         seconds = []
         for _ in range(REPEATS):
             began = time.perf_counter()
             action()
-            if cuda:
-                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         return min(seconds)
 
     def gemm(dtype: torch.dtype) -> float:
-        x = torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype)
+        x = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
         out = torch.empty_like(x)
         return 2 * GEMM_SIZE**3 / best(lambda: torch.mm(x, x, out=out)) / 1e9
 
     return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": _cpu_name(),
         "threads": torch.get_num_threads(),
         "instructions": _instructions(),
         "read_gb_per_s": READ_BYTES / best(memory.sum) / 1e9,
@@ -87,12 +84,13 @@ def machine(threads: int) -> dict[str, Any]:
 def heading(machine: dict[str, Any]) -> str:
     """What stands above every table: device, peaks, versions."""
     peaks = machine["peaks"]
-    return (
-        f"{peaks['device']}, {peaks['threads']} threads ({peaks['instructions']}), load before {peaks['load_before']:.1f}\n"
+    lines = [
+        f"{peaks['device']}, {peaks['threads']} threads ({peaks['instructions']}), load {peaks['load_before']:.1f}",
         f"peaks: read {peaks['read_gb_per_s']:.1f} GB/s; GEMM {peaks['float32_gflop_per_s']:.0f} GFLOP/s float32, "
-        f"{peaks['bfloat16_gflop_per_s']:.0f} bfloat16\n"
-        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    )
+        f"{peaks['bfloat16_gflop_per_s']:.0f} bfloat16",
+        ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),
+    ]
+    return "\n".join(lines)
 
 
 def _cpu_name() -> str:

@@ -70,7 +70,8 @@ def embed(result: dict[str, Any]) -> Iterator[Headline]:
     ours, theirs = result["libraries"]["qlorag"], result["libraries"]["sentence-transformers"]
     name = "sentence-transformers"
     yield Headline("embedding: texts/s", ours["texts_per_s"], theirs["texts_per_s"], name, ours["of_peak"])
-    yield Headline("embedding: peak RSS, MiB", ours["peak_rss_mib"], theirs["peak_rss_mib"], name)
+    if ours["peak_rss_mib"] and theirs["peak_rss_mib"]:  # not known on every system
+        yield Headline("embedding: peak RSS, MiB", ours["peak_rss_mib"], theirs["peak_rss_mib"], name)
 
 
 def nf4(result: dict[str, Any]) -> Iterator[Headline]:

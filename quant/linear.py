@@ -4,15 +4,17 @@
     dx = dy W            W is decoded a second time; db = sum of dy over all but the last dimension
 
 Nothing of the size of W in 16 or 32 bits outlives either pass. W is frozen, so dW is not needed and x need
-not be saved: what autograd keeps of this layer is a reference to the packed weight it already has. Decoding
-costs about 5% of a step at 256 tokens, and its share falls with the number of tokens.
+not be saved: what autograd keeps of this layer is a reference to the packed weight it already has.
 
-The decoded weight goes into scratch memory that all layers share. This matters on the CPU, where a fresh
-tensor of more than 32 MiB is mapped, faulted in page by page and unmapped again, about 0.45 ms per MiB: ten
-times the cost of decoding. There is one scratch per thread, so that two threads never decode into the same
-memory, and it is used only between a decode and the product that follows, inside functions where autograd
-does not record: no graph can hold it. On a GPU torch's caching allocator already reuses memory, in the order
-of the stream; there W is an ordinary temporary.
+For a few rows of x and no gradient, which is what generating text consists of, the product is taken straight
+from the packed weight (kernels/nf4/matmul.c), with everything but x looked up once and kept by the layer.
+
+Otherwise the decoded weight goes into scratch memory that all layers share. This matters on the CPU, where a
+fresh tensor of more than 32 MiB is mapped, faulted in page by page and unmapped again, about 0.45 ms per MiB:
+ten times the cost of decoding. There is one scratch per thread, so that two threads never decode into the
+same memory, and it is used only between a decode and the product that follows, inside functions where
+autograd does not record: no graph can hold it. On a GPU torch's caching allocator already reuses memory, in
+the order of the stream; there W is an ordinary temporary.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels import nf4
 from ..kernels.nf4 import Kind, QuantizationError
 from .tensor import QuantizedTensor, dequantize, quantize
 
@@ -117,6 +120,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("nested_absmax", q.nested_absmax)
         self.register_buffer("nested_offset", q.nested_offset)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._fused: nf4.Matmul | None = None
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:
@@ -151,15 +155,39 @@ class QuantizedLinear(nn.Module):
         """Map x [..., K] to y [..., N], in the dtype of x, or under autocast in autocast's."""
         if x.shape[-1] != self.in_features:
             raise QuantizationError(f"x is [..., {x.shape[-1]}]: wanted [..., {self.in_features}]")
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not torch.is_grad_enabled():  # generation: the same product, without the cost of a graph node
-            return F.linear(x, _decode(self.quantized, x.dtype), bias)
+        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            return self._forward_only(x, bias)
         y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
             x, bias, self.packed, self.absmax, self.nested_absmax, self.nested_offset, self._meta
         )
         return y
+
+    def _forward_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.is_cpu and x.numel() <= nf4.FUSED_ROWS.get(x.dtype, 0) * self.in_features:
+            fused = self._fused_matmul()
+            if fused is not None:
+                y = fused(x.contiguous())
+                return y if bias is None else y.add_(bias)
+        return F.linear(x, _decode(self.quantized, x.dtype), bias)
+
+    def _fused_matmul(self) -> nf4.Matmul | None:
+        """The fused product with the weight this layer holds now, or None where there is none."""
+        held = self._buffers
+        if self._fused is None or not self._fused.is_over(
+            held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"]
+        ):
+            q = self.quantized
+            self._fused = nf4.prepare_matmul(
+                q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested
+            )
+        return self._fused
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}  # addresses mean nothing in a copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = dict(self._buffers)

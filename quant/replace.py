@@ -50,9 +50,7 @@ def quantize_linears(
     while places:  # `places` lets go of each layer before the next: the peak is one layer above the model
         linear, where = next(iter(places.items()))
         try:
-            layer = QuantizedLinear.from_linear(
-                linear, kind=kind, block_size=block_size, double_quant=double_quant
-            )
+            layer = QuantizedLinear.from_linear(linear, kind=kind, block_size=block_size, double_quant=double_quant)
         except QuantizationError as error:
             raise QuantizationError(f"{where[0]}.weight: {error}") from error
         layer.train(linear.training)
@@ -73,6 +71,4 @@ def _refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
         for parameter in module.parameters(recurse=False):
             name, linear = weights.get(id(parameter), ("", module))
             if linear is not module:
-                raise QuantizationError(
-                    f"{name} shares its weight with {other}: add it to skip, or untie them first"
-                )
+                raise QuantizationError(f"{name} shares its weight with {other}: add it to skip, or untie them first")

@@ -39,9 +39,7 @@ class QuantizedTensor:
             return None
         if self.nested_absmax is None or self.nested_offset is None:
             missing = "nested_absmax" if self.nested_absmax is None else "nested_offset"
-            raise QuantizationError(
-                f"{missing} is missing: a double-quantized tensor needs both nested parts"
-            )
+            raise QuantizationError(f"{missing} is missing: a double-quantized tensor needs both nested parts")
         return Nested(self.nested_absmax, self.nested_offset)
 
     @property
@@ -73,9 +71,7 @@ class QuantizedTensor:
         )
 
 
-def quantize(
-    w: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True
-) -> QuantizedTensor:
+def quantize(w: Tensor, *, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> QuantizedTensor:
     """Quantize `w` to 4 bits, and with `double_quant` its absmax to 8.
 
     w: float32, float16 or bfloat16, any shape, contiguous, all finite.

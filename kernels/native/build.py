@@ -1,11 +1,10 @@
-"""Compile a C file on first use, keep the library, load it. About 1 s once, then a few milliseconds.
+"""Compile a C file on first use, keep the library, load it. About 2 s once, then a few milliseconds.
 
 The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
-what the compiler makes: the C files of the source's folder (it may include the others), flags, the compiler's
-own version text, the machine. The content part is a
-SHA-256 of the library itself, so an entry that was cut short, or changed, no longer fits its name and is
-built again. A library appears under its name by one rename: two processes that compile at once both succeed,
-and either file is good.
+what the compiler makes: all C files in the folder of the source, which may include its neighbours; flags, the
+compiler's own version text, the machine. The content part is a SHA-256 of the library itself, so an entry that
+was cut short, or changed, no longer fits its name and is built again. A library appears under its name by one
+rename: two processes that compile at once both succeed, and either file is good.
 
 Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then
 resolve to the runtime that torch has already loaded, which is why torch is imported first. With a second
@@ -88,35 +87,25 @@ def _load(source: Path) -> Library:
 
 def _compiler_version(compiler: list[str]) -> str:
     if shutil.which(compiler[0]) is None:
-        raise NativeBuildError(
-            f"no C compiler: {compiler[0]!r} is not on PATH (install gcc or clang, or set CC)"
-        )
+        raise NativeBuildError(f"no C compiler: {compiler[0]!r} is not on PATH (install gcc or clang, or set CC)")
     done = _run([*compiler, "--version"])
     return done.stdout
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(f"{command[0]} did not run: {error}") from error
     if done.returncode != 0:
-        lines = [
-            line for line in done.stderr.splitlines() if "error" in line.lower()
-        ] or done.stderr.splitlines()
-        raise NativeBuildError(
-            f"{command[0]} failed with exit code {done.returncode}: {(lines or ['no message'])[0]}"
-        )
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        raise NativeBuildError(f"{command[0]} failed with exit code {done.returncode}: {(lines or ['no message'])[0]}")
     return done
 
 
 def _build_or_open(source: Path, compiler: list[str], version: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     recipe = "\0".join([*compiler, version, *flags, platform.system(), platform.machine()])
-    text = b"".join(
-        part.read_bytes() for part in sorted(source.parent.glob("*.c"))
-    )  # it may include the others
+    text = b"".join(part.read_bytes() for part in sorted(source.parent.glob("*.c")))  # it may include the others
     key = hashlib.sha256(text + recipe.encode()).hexdigest()[:16]
     stem = f"{source.parent.name}-{source.stem}-{key}"
     try:

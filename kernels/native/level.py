@@ -23,7 +23,5 @@ def choose_level(best: int) -> int:
         raise LevelError(f"QLORAG_CPU_LEVEL={name}: use one of {', '.join(LEVELS)}, or unset it")
     level = LEVELS.index(name)
     if level > best:
-        raise LevelError(
-            f"QLORAG_CPU_LEVEL={name}, but this processor has {LEVELS[best]}: lower it, or unset it"
-        )
+        raise LevelError(f"QLORAG_CPU_LEVEL={name}, but this processor has {LEVELS[best]}: lower it, or unset it")
     return level

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from .checks import BLOCK_SIZES
 from .codebook import DYNAMIC, FP4, NF4, Kind, check_kind
+from .cpu import Matmul
 from .errors import QuantizationError
-from .ops import BLOCK_SIZES, BackendStatus, available_backends, dequantize, quantize, quantize_absmax
+from .ops import (
+    FUSED_ROWS,
+    BackendStatus,
+    available_backends,
+    dequantize,
+    matmul,
+    prepare_matmul,
+    quantize,
+    quantize_absmax,
+)
 from .reference import Nested
 
 __all__ = [
     "BLOCK_SIZES",
     "DYNAMIC",
     "FP4",
+    "FUSED_ROWS",
     "NF4",
     "BackendStatus",
     "Kind",
+    "Matmul",
     "Nested",
     "QuantizationError",
     "available_backends",
     "check_kind",
     "dequantize",
+    "matmul",
+    "prepare_matmul",
     "quantize",
     "quantize_absmax",
 ]

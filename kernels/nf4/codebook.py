@@ -47,9 +47,7 @@ def _linspace(start: float, end: float, count: int) -> list[float]:
     """`count` float32 points; each counts from the nearer end, with a float32 step and one rounding."""
     start, end = _f32(start), _f32(end)
     step = _f32((end - start) / (count - 1))
-    return [
-        _f32(start + step * i) if i < count // 2 else _f32(end - step * (count - 1 - i)) for i in range(count)
-    ]
+    return [_f32(start + step * i) if i < count // 2 else _f32(end - step * (count - 1 - i)) for i in range(count)]
 
 
 def _make_nf4() -> tuple[float, ...]:

@@ -4,6 +4,7 @@
 
 #include "dequantize.c"
 #include "quantize.c"
+#include "matmul.c"
 
 /* The highest level this processor (and its operating system) can run. */
 int32_t qlorag_nf4_best_level(void) {

@@ -20,6 +20,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # they overwrite it, which doubles the traffic; what fits in a cache is better left there for the product that
 # follows.
 STREAM_BYTES = 8 << 20
+UNIT = 64  # elements of a row that matmul.c takes at a time, under one scale
+MAX_IN_FEATURES = 1024 * UNIT
 _CPU = torch.device("cpu")
 
 
@@ -68,6 +70,17 @@ class _QuantizeArgs(ctypes.Structure):
     ]
 
 
+class _MatmulArgs(ctypes.Structure):
+    """`matmul_args` of matmul.c."""
+
+    _fields_ = [
+        ("w", _PackedTensor),
+        ("out_features", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("level", ctypes.c_int32),
+    ]
+
+
 @lru_cache(maxsize=1)
 def library() -> Library:
     """The compiled cpu.c. Raises NativeBuildError."""
@@ -80,6 +93,8 @@ def library() -> Library:
     handle.qlorag_nf4_quantize.restype = ctypes.c_int32
     handle.qlorag_nf4_quantize_absmax.argtypes = [pointer] * 3 + [ctypes.c_int64] + [pointer] * 2
     handle.qlorag_nf4_quantize_absmax.restype = None
+    handle.qlorag_nf4_matmul.argtypes = [pointer] * 3 + [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+    handle.qlorag_nf4_matmul.restype = ctypes.c_int32
     return loaded
 
 
@@ -180,3 +195,49 @@ def dequantize(
     )
     library().handle.qlorag_nf4_dequantize(ctypes.byref(args))
     return out
+
+
+class Matmul:
+    """y = x Wᵀ over one W, which it keeps alive. All but x is looked up once, so that a call costs little."""
+
+    def __init__(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested: Nested | None,
+        shape: tuple[int, int],
+        kind: Kind,
+        block_size: int,
+    ) -> None:
+        self._tables = (table(kind, _CPU), dynamic_table(_CPU))  # kept alive, as is the weight
+        self._parts = (packed, absmax, *(nested or (None, None)))
+        self._addresses = [0 if part is None else part.data_ptr() for part in self._parts]
+        self.out_features, self.in_features = shape
+        self._args = _MatmulArgs(
+            w=_packed_tensor(packed, absmax, nested, math.prod(shape), kind, block_size),
+            out_features=self.out_features,
+            in_features=self.in_features,
+            level=level(),
+        )
+        self._address = ctypes.addressof(self._args)
+        self._run = library().handle.qlorag_nf4_matmul
+
+    def is_over(
+        self, packed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None, nested_offset: Tensor | None
+    ) -> bool:
+        """Whether W still consists of these tensors, and they are where they were in memory.
+
+        A tensor can be replaced by another, and its memory by other memory (share_memory_, set_).
+        """
+        a, b, c, d = self._parts
+        same = a is packed and b is absmax and c is nested_absmax and d is nested_offset
+        return same and [0 if part is None else part.data_ptr() for part in self._parts] == self._addresses
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map x [..., K] to y [..., N] in its dtype; x is contiguous, on the CPU, and its dtype in DTYPES."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        rows = x.numel() // self.in_features
+        threads = torch.get_num_threads()
+        if not self._run(self._address, x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype], threads):
+            raise MemoryError(f"no memory for a copy of x, {list(x.shape)} in float32")
+        return y

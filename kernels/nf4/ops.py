@@ -3,26 +3,27 @@
 Every backend of an operation gives the same bits, so the choice is only about speed. `backend=None` takes the
 C kernel for tensors on the CPU when it could be compiled, and the reference for everything else; a backend
 that is named must run, or QuantizationError says why it cannot. Arguments are checked here, once, for all
-backends: past `_check_packed` no kernel can read or write out of bounds.
+backends: past checks.py no kernel can read or write out of bounds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import NativeBuildError
 from . import cpu, reference
+from .checks import FLOATS, check_absmax, check_block_size, check_out, check_packed, check_weight, check_x
 from .codebook import Kind, check_kind
 from .errors import QuantizationError
-from .reference import NESTED_BLOCK_SIZE, Nested
+from .reference import Nested
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Up to so many rows of x the fused product is faster than decoding W and the platform's GEMM (README.md).
+FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
 
 
 class BackendStatus(NamedTuple):
@@ -46,17 +47,8 @@ def quantize(
         that cannot run.
     """
     known = check_kind(kind)
-    _check_block_size(block_size)
-    if w.dtype not in FLOATS:
-        raise QuantizationError(
-            f"w is {w.dtype}: quantize takes float32, float16 or bfloat16; convert it first"
-        )
-    if w.numel() == 0:
-        raise QuantizationError(f"w has shape {list(w.shape)}, no elements: there is nothing to quantize")
-    if not w.is_contiguous():
-        raise QuantizationError(
-            f"w with shape {list(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
-        )
+    check_block_size(block_size)
+    check_weight(w)
     return QUANTIZE[choose_backend(w.device, w.dtype, backend)](w, kind=known, block_size=block_size)
 
 
@@ -66,12 +58,7 @@ def quantize_absmax(absmax: Tensor, *, backend: str | None = None) -> tuple[Tens
     absmax: float32 [blocks], contiguous. Returns codes uint8 [blocks] and Nested.
     Raises QuantizationError: wrong dtype or shape, not finite, or a named backend that cannot run.
     """
-    if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
-        raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
-    if not absmax.is_contiguous():
-        raise QuantizationError(
-            f"absmax is not contiguous (strides {absmax.stride()}): pass absmax.contiguous()"
-        )
+    check_absmax(absmax)
     return QUANTIZE_ABSMAX[choose_backend(absmax.device, absmax.dtype, backend)](absmax)
 
 
@@ -100,11 +87,11 @@ def dequantize(
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
     known = check_kind(kind)
-    _check_packed(packed, absmax, nested, shape, block_size)
+    check_packed(packed, absmax, nested, shape, block_size)
     if dtype not in (*FLOATS, torch.float64):
         raise QuantizationError(f"dtype={dtype}: dequantize gives float32, float16, bfloat16 or float64")
     if out is not None:
-        _check_out(out, shape, dtype, packed.device)
+        check_out(out, shape, dtype, packed.device)
     run = DEQUANTIZE[choose_backend(packed.device, dtype, backend)]
     return run(packed, absmax, nested, tuple(shape), known, block_size, dtype, out)
 
@@ -121,10 +108,60 @@ def _dequantize_reference(
 ) -> Tensor:
     if nested is not None:
         absmax = reference.dequantize_absmax(absmax, nested)
-    result = reference.dequantize(
-        packed.view(-1), absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype
-    )
+    result = reference.dequantize(packed.view(-1), absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype)
     return result if out is None else out.copy_(result)
+
+
+def matmul(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    nested: Nested | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Y = x Wᵀ, where W [N, K] is what `dequantize` gives for the other arguments.
+
+    x:       [..., K], float32, float16, bfloat16, or (reference only) float64.
+    shape:   (N, K); packed, absmax, nested, kind, block_size as for dequantize.
+    backend: "c" multiplies the packed weight, in float32 sums (matmul.c). "reference" decodes it to the dtype
+             of x first. None takes "c" for up to FUSED_ROWS[dtype] rows where it can run.
+    Returns y [..., N] in the dtype of x. It has no gradient: see quant.QuantizedLinear.
+    Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
+    """
+    known = check_kind(kind)
+    check_packed(packed, absmax, nested, shape, block_size)
+    check_x(x, shape, packed.device)
+    obstacle = _why_not_fused(shape, block_size)
+    if backend is None and x.numel() > FUSED_ROWS.get(x.dtype, 0) * shape[1]:
+        obstacle = "x has many rows"
+    if choose_backend(x.device, x.dtype, backend, obstacle=obstacle) == "c":
+        return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)(x.contiguous())
+    weight = dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=x.dtype, nested=nested)
+    return F.linear(x, weight)
+
+
+def prepare_matmul(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    nested: Nested | None = None,
+) -> cpu.Matmul | None:
+    """`matmul` in C over this W, its arguments checked once for all calls; None where it cannot run.
+
+    Raises QuantizationError: an argument that does not fit.
+    """
+    known = check_kind(kind)
+    check_packed(packed, absmax, nested, shape, block_size)
+    if _why_not_c(packed.device, torch.float32) or _why_not_fused(shape, block_size):
+        return None
+    return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)
 
 
 QUANTIZE = {"c": cpu.quantize, "reference": reference.quantize}
@@ -135,13 +172,18 @@ Dequantize = Callable[
 DEQUANTIZE: dict[str, Dequantize] = {"c": cpu.dequantize, "reference": _dequantize_reference}
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend to use: `backend` itself if it can run, else the fastest that can."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, backend: str | None, *, obstacle: str | None = None
+) -> str:
+    """The backend to use: `backend` itself if it can run, else the fastest that can.
+
+    obstacle: why C cannot, or should not, run, apart from device, dtype and compiler.
+    """
     if backend is None:
-        return "c" if _why_not_c(device, dtype) is None else "reference"
+        return "c" if (obstacle or _why_not_c(device, dtype)) is None else "reference"
     if backend not in DEQUANTIZE:
         raise QuantizationError(f"backend={backend!r} does not exist: there are {', '.join(DEQUANTIZE)}")
-    if backend == "c" and (why := _why_not_c(device, dtype)) is not None:
+    if backend == "c" and (why := obstacle or _why_not_c(device, dtype)) is not None:
         raise QuantizationError(f"backend='c' cannot run: {why}")
     return backend
 
@@ -150,11 +192,20 @@ def _why_not_c(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device}, and it runs on the CPU"
     if dtype not in FLOATS:
-        return f"dtype={dtype}, and it gives float32, float16 or bfloat16"
+        return f"dtype={dtype}, and it takes float32, float16 or bfloat16"
     try:
         cpu.library()
     except NativeBuildError as error:
         return str(error)
+    return None
+
+
+def _why_not_fused(shape: Sequence[int], block_size: int) -> str | None:
+    if shape[1] % cpu.UNIT or shape[1] > cpu.MAX_IN_FEATURES or block_size < cpu.UNIT:
+        return (
+            f"K={shape[1]} and block_size={block_size}, and it takes K that is a multiple of {cpu.UNIT} "
+            f"up to {cpu.MAX_IN_FEATURES}, and block_size from {cpu.UNIT}"
+        )
     return None
 
 
@@ -169,62 +220,9 @@ def available_backends() -> list[BackendStatus]:
             why = detail = str(error)
     return [
         status
-        for operation in ("nf4.quantize", "nf4.dequantize")
+        for operation in ("nf4.quantize", "nf4.dequantize", "nf4.matmul")
         for status in (
             BackendStatus(operation, "c", why is None, detail),
             BackendStatus(operation, "reference", True, "plain torch, any device"),
         )
     ]
-
-
-def _check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
-        raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
-
-
-def _check_packed(
-    packed: Tensor, absmax: Tensor, nested: Nested | None, shape: Sequence[int], block_size: int
-) -> None:
-    _check_block_size(block_size)
-    if not shape or min(shape) < 1:
-        raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
-    numel = math.prod(shape)
-    blocks = -(-numel // block_size)
-    _check_part("packed", packed, torch.uint8, (numel + 1) // 2, packed.device)
-    if nested is None:
-        if absmax.dtype == torch.uint8:
-            raise QuantizationError(
-                "absmax is uint8 but nested is missing: pass nested=Nested(absmax, offset)"
-            )
-        _check_part("absmax", absmax, torch.float32, blocks, packed.device)
-    else:
-        _check_part("absmax", absmax, torch.uint8, blocks, packed.device)
-        nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
-        _check_part("nested.absmax", nested.absmax, torch.float32, nested_blocks, packed.device)
-        _check_part("nested.offset", nested.offset, torch.float32, 1, packed.device)
-
-
-def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
-    if part.dtype != dtype:
-        raise QuantizationError(f"{name} is {part.dtype}: wanted {dtype}")
-    if part.numel() != numel:
-        raise QuantizationError(
-            f"{name} has {part.numel()} elements, but shape and block_size ask for {numel}: "
-            "it is truncated, or belongs to another tensor"
-        )
-    if part.device != device:
-        raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
-    if not part.is_contiguous():
-        raise QuantizationError(
-            f"{name} is not contiguous (strides {part.stride()}): pass {name}.contiguous()"
-        )
-
-
-def _check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    got, want = (tuple(out.shape), out.dtype, out.device), (tuple(shape), dtype, device)
-    if got != want:
-        raise QuantizationError(
-            f"out is {got[1]} {list(got[0])} on {got[2]}: wanted {want[1]} {list(want[0])} on {want[2]}"
-        )
-    if not out.is_contiguous():
-        raise QuantizationError(f"out is not contiguous (strides {out.stride()})")

@@ -126,9 +126,7 @@ def nested_offset(absmax: Tensor) -> Tensor:
     """The mean of absmax, float32 []. Raises QuantizationError: it is not finite."""
     offset = absmax.mean()
     if not torch.isfinite(offset):
-        raise QuantizationError(
-            "the mean of absmax is beyond float32: scale the weights down, or double_quant=False"
-        )
+        raise QuantizationError("the mean of absmax is beyond float32: scale the weights down, or double_quant=False")
     return offset
 
 

@@ -92,6 +92,16 @@ def test_a_changed_source_compiler_or_flag_is_another_entry(source, tmp_path, mo
     assert len(calls) == 4 and len(cached(tmp_path)) == 4
 
 
+def test_a_changed_file_that_the_source_includes_is_another_entry(source, monkeypatch):
+    part = source.with_name("part.c")
+    part.write_text("enum { ANSWER = 42 };")
+    source.write_text('#include "part.c"\nint answer(void) { return ANSWER; }')
+    assert answer(source) == 42
+    part.write_text("enum { ANSWER = 43 };")
+    forget(monkeypatch)
+    assert answer(source) == 43
+
+
 def test_openmp_is_torchs_own(source):
     library = load(source)
     assert library.openmp
@@ -161,9 +171,7 @@ def test_a_cache_that_cannot_be_made_still_gives_a_library(source, tmp_path, mon
     assert "not cached" in caplog.text
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to read-only folders"
-)
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to read-only folders")
 def test_a_read_only_cache_still_gives_a_library(source, tmp_path):
     folder = tmp_path / "home" / "kernels"
     folder.mkdir(parents=True)
@@ -192,9 +200,7 @@ def test_a_damaged_entry_is_built_again(source, tmp_path, monkeypatch, damage):
     (entry,) = cached(tmp_path)
     good = entry.read_bytes()
     flipped = bytes([*good[:999], good[999] ^ 1, *good[1000:]])
-    entry.write_bytes(
-        {"truncated": good[:1000], "emptied": b"", "flipped": flipped, "text": b"no library"}[damage]
-    )
+    entry.write_bytes({"truncated": good[:1000], "emptied": b"", "flipped": flipped, "text": b"no library"}[damage])
     assert answer(source) == 42
     assert len(calls) == 2
     assert [e.read_bytes() for e in cached(tmp_path)] == [good]  # the compiler is deterministic
@@ -266,7 +272,5 @@ def test_a_program_without_a_compiler_runs_on_the_reference(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     status, refused = out.splitlines()
-    assert status.startswith("False no C compiler") and refused.startswith(
-        "backend='c' cannot run: no C compiler"
-    )
+    assert status.startswith("False no C compiler") and refused.startswith("backend='c' cannot run: no C compiler")
     assert err.count("\n") == 1 and "no C compiler" in err

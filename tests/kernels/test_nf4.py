@@ -72,9 +72,7 @@ def test_tables_have_the_published_bits():
     assert " ".join(struct.pack(">f", v).hex() for v in NF4) == NF4_HEX
     assert " ".join(struct.pack(">f", v).hex() for v in FP4) == FP4_HEX
     dynamic = struct.pack("<256f", *DYNAMIC)
-    assert hashlib.sha256(dynamic).hexdigest() == (
-        "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
-    )
+    assert hashlib.sha256(dynamic).hexdigest() == ("e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c")
     assert (DYNAMIC[0], DYNAMIC[127], DYNAMIC[255]) == (pytest.approx(-0.99296874), 0.0, 1.0)
     assert len(set(DYNAMIC)) == 256
 
@@ -185,9 +183,7 @@ def test_quantize_equals_bitsandbytes(block_size, kind, dtype):
 
     generator = torch.Generator().manual_seed(block_size)
     for numel in (3 * block_size, 5 * block_size + 7, 1, min(300, 60_000 // block_size) * block_size + 32):
-        w = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(
-            -4, 3, (numel,), generator=generator
-        )
+        w = torch.randn(numel, generator=generator) * 10.0 ** torch.randint(-4, 3, (numel,), generator=generator)
         w[block_size : 2 * block_size] = 0
         w = w.to(dtype)
         want_packed, want = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind)
@@ -212,9 +208,7 @@ def test_dequantize_equals_bitsandbytes(block_size, double_quant):
     for kind, dtype in itertools.product(KINDS, FLOATS):
         w = torch.randn(6, 2 * block_size, generator=torch.Generator().manual_seed(7)).to(dtype)
         options = {"kind": kind, "block_size": block_size}
-        packed, state = bnb.quantize_4bit(
-            w, blocksize=block_size, quant_type=kind, compress_statistics=double_quant
-        )
+        packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)
         want = bnb.dequantize_4bit(packed, state)
         for backend in ("reference", "c"):
             got = round_trip(w, **options, double_quant=double_quant, dtype=dtype, backend=backend)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import pickle
 import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from qlorag.kernels.nf4 import FUSED_ROWS
 from qlorag.quant import QuantizationError, QuantizedLinear, dequantize, quantize, quantize_linears
 from qlorag.quant import linear as linear_module
 from torch import nn
@@ -113,9 +115,7 @@ def test_the_scratch_is_shared_by_layers_and_never_escapes():
 def test_a_scratch_made_in_inference_mode_serves_training(monkeypatch):
     monkeypatch.setattr(linear_module, "_scratch", linear_module._Scratch())
     quantized = layer()
-    x = torch.randn(
-        2, 48, dtype=torch.float64, generator=generator()
-    )  # float64: the reference writes with torch
+    x = torch.randn(2, 48, dtype=torch.float64, generator=generator())  # float64: the reference writes with torch
     with torch.inference_mode():
         expected = quantized(x)
     y = quantized(x.requires_grad_())
@@ -135,6 +135,72 @@ def test_threads_do_not_share_a_scratch():
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_without_a_gradient_few_rows_are_multiplied_by_the_packed_weight(monkeypatch):
+    quantized = layer(128, 20)
+    decoded: list[int] = []
+    decode = linear_module._decode
+    monkeypatch.setattr(linear_module, "_decode", lambda q, dtype: decoded.append(1) or decode(q, dtype))
+    for dtype in FLOATS:
+        for leading in ((), (1,), (1, 3), (0,)):
+            x = torch.randn(*leading, 128, generator=generator()).to(dtype)
+            y = quantized(x)
+            assert y.dtype == dtype and y.shape == (*leading, 20)
+            expected = quantized.bias.double() + x.double() @ quantized.dequantize(torch.float64).T
+            # 128 products of about 0.1, rounded once and, with the bias, once more.
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    assert decoded == []
+    quantized(torch.zeros(FUSED_ROWS[torch.float32] + 1, 128))
+    quantized(torch.zeros(1, 128, dtype=torch.float64))
+    with torch.no_grad():
+        quantized(torch.zeros(1, 128, requires_grad=True))
+    assert decoded == [1, 1]
+    quantized(torch.zeros(1, 128, requires_grad=True))
+    quantized.bias.requires_grad_(True)
+    y = quantized(torch.zeros(1, 128))
+    assert y.requires_grad and decoded == [1] * 4
+    wide_block = layer(48, 20)  # 48 is no multiple of 64
+    assert torch.equal(wide_block(torch.ones(48)), F.linear(torch.ones(48), wide_block.dequantize(), wide_block.bias))
+
+
+def test_a_replaced_or_moved_weight_is_the_one_that_is_multiplied():
+    quantized, other = layer(128, 20), layer(128, 20, kind="nf4", bias=False)
+    x = torch.randn(2, 128, generator=generator())
+    before = quantized(x)
+    quantized.packed.bitwise_not_()  # in place
+    flipped = quantized(x)
+    assert not torch.equal(flipped, before)
+    quantized.packed = ~quantized.packed  # another tensor
+    assert torch.equal(quantized(x), before)
+    quantized.share_memory()  # the same tensors, elsewhere
+    assert torch.equal(quantized(x), before)
+    for twin in (copy.deepcopy(quantized), copy.copy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert torch.equal(twin(x), before)
+    quantized.load_state_dict({**other.state_dict(), "bias": torch.zeros(20)}, assign=True)
+    assert torch.equal(quantized(x), other(x))
+    quantized.packed = quantized.packed[:-1]
+    with pytest.raises(QuantizationError, match="packed has 1279 elements"):
+        quantized(x)
+
+
+def test_threads_may_share_a_layer():
+    quantized = layer(576, 64, bias=False)
+    inputs = [torch.randn(1 + i % 3, 576, generator=generator(i)) for i in range(4)]
+    expected = [quantized(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(200):
+            if not torch.equal(quantized(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -273,9 +339,7 @@ def test_a_layer_in_two_places_stays_one_layer():
 
 
 def test_quantize_linears_refuses():
-    with pytest.raises(
-        QuantizationError, match=r"skip='blocks.7.\*' fits no linear layer: there are blocks.0.up"
-    ):
+    with pytest.raises(QuantizationError, match=r"skip='blocks.7.\*' fits no linear layer: there are blocks.0.up"):
         quantize_linears(Model(), skip=("blocks.7.*",))
     with pytest.raises(QuantizationError, match="no linear layer to quantize: there are none"):
         quantize_linears(nn.Sequential(nn.LayerNorm(3)))

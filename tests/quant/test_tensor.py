@@ -51,9 +51,7 @@ def test_the_error_is_that_of_a_4_bit_normal_code():
 def test_to_moves_every_part():
     for double_quant in (True, False):
         moved = quantize(randn(4, 64), double_quant=double_quant).to("meta")
-        parts = [
-            p for p in (moved.packed, moved.absmax, moved.nested_absmax, moved.nested_offset) if p is not None
-        ]
+        parts = [p for p in (moved.packed, moved.absmax, moved.nested_absmax, moved.nested_offset) if p is not None]
         assert len(parts) == (4 if double_quant else 2)
         assert {p.device.type for p in parts} == {"meta"} and moved.device.type == "meta"
 

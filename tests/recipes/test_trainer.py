@@ -60,8 +60,8 @@ def gradients(model: Decoder, groups: list[list[Example]]) -> dict[str, torch.Te
 def test_pack_by_hand() -> None:
     batch = pack([Example([5, 6, 7, 8], [False, False, True, True], 1), Example([9], [True], 2),
                   Example([1, 2, 3], [True, False, True], 3)])  # fmt: skip
-    assert batch.ids.tolist() == [[5, 6, 7, 1, 2]]  # without each last token
-    assert batch.lengths == [3, 2]  # the example of one token predicts nothing
+    assert batch.ids.tolist() == [[5, 6, 7, 1, 2, *[0] * 11]]  # without each last token, rounded up to 16
+    assert batch.lengths == [3, 2, 11] and batch.tokens == 5  # the example of one token predicts nothing
     assert batch.rows.tolist() == [1, 2, 4] and batch.labels.tolist() == [7, 8, 3]
 
 

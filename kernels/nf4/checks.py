@@ -1,0 +1,98 @@
+"""What the arguments of the operations must be: past these checks no kernel reads or writes out of bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import QuantizationError
+from .reference import NESTED_BLOCK_SIZE, Nested
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_weight(w: Tensor) -> None:
+    """Raise QuantizationError unless `w` can be quantized, but for its values."""
+    if w.dtype not in FLOATS:
+        raise QuantizationError(f"w is {w.dtype}: quantize takes float32, float16 or bfloat16; convert it first")
+    if w.numel() == 0:
+        raise QuantizationError(f"w has shape {list(w.shape)}, no elements: there is nothing to quantize")
+    if not w.is_contiguous():
+        raise QuantizationError(
+            f"w with shape {list(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
+        )
+
+
+def check_absmax(absmax: Tensor) -> None:
+    """Raise QuantizationError unless `absmax` can be quantized a second time, but for its values."""
+    if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
+        raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
+    if not absmax.is_contiguous():
+        raise QuantizationError(f"absmax is not contiguous (strides {absmax.stride()}): pass absmax.contiguous()")
+
+
+def check_x(x: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raise QuantizationError unless `x` can be multiplied by a weight of `shape`."""
+    if len(shape) != 2:
+        raise QuantizationError(f"shape={list(shape)}: the weight of a product has shape [N, K]")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise QuantizationError(f"x has shape {list(x.shape)}: wanted [..., {shape[1]}]")
+    if x.dtype not in (*FLOATS, torch.float64):
+        raise QuantizationError(f"x is {x.dtype}: wanted float32, float16, bfloat16 or float64")
+    if x.device != device:
+        raise QuantizationError(f"x is on {x.device}, packed on {device}: move them together")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise QuantizationError(
+            "x requires a gradient, and matmul has none: use quant.QuantizedLinear, or torch.no_grad()"
+        )
+
+
+def check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
+
+
+def check_packed(packed: Tensor, absmax: Tensor, nested: Nested | None, shape: Sequence[int], block_size: int) -> None:
+    check_block_size(block_size)
+    if not shape or min(shape) < 1:
+        raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+    _check_part("packed", packed, torch.uint8, (numel + 1) // 2, packed.device)
+    if nested is None:
+        if absmax.dtype == torch.uint8:
+            raise QuantizationError("absmax is uint8 but nested is missing: pass nested=Nested(absmax, offset)")
+        _check_part("absmax", absmax, torch.float32, blocks, packed.device)
+    else:
+        _check_part("absmax", absmax, torch.uint8, blocks, packed.device)
+        nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
+        _check_part("nested.absmax", nested.absmax, torch.float32, nested_blocks, packed.device)
+        _check_part("nested.offset", nested.offset, torch.float32, 1, packed.device)
+
+
+def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if part.dtype != dtype:
+        raise QuantizationError(f"{name} is {part.dtype}: wanted {dtype}")
+    if part.numel() != numel:
+        raise QuantizationError(
+            f"{name} has {part.numel()} elements, but shape and block_size ask for {numel}: "
+            "it is truncated, or belongs to another tensor"
+        )
+    if part.device != device:
+        raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
+    if not part.is_contiguous():
+        raise QuantizationError(f"{name} is not contiguous (strides {part.stride()}): pass {name}.contiguous()")
+
+
+def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    got, want = (tuple(out.shape), out.dtype, out.device), (tuple(shape), dtype, device)
+    if got != want:
+        raise QuantizationError(
+            f"out is {got[1]} {list(got[0])} on {got[2]}: wanted {want[1]} {list(want[0])} on {want[2]}"
+        )
+    if not out.is_contiguous():
+        raise QuantizationError(f"out is not contiguous (strides {out.stride()})")

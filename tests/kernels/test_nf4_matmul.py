@@ -1,0 +1,158 @@
+"""The product with a packed weight: exact where it can be, otherwise closer than torch at the same dtype."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qlorag.kernels import nf4
+from qlorag.kernels.nf4 import BLOCK_SIZES, FUSED_ROWS, Nested, QuantizationError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def packed_weight(n, k, *, kind="nf4", block_size=64, double_quant=True, seed=0):
+    """What matmul and dequantize take besides x: any codes, and scales that differ from block to block."""
+    blocks = -(-n * k // block_size)
+    packed = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=generator(seed))
+    absmax = torch.rand(blocks, generator=generator(seed + 1)) + 0.1
+    nested = None
+    if double_quant:
+        absmax, nested = nf4.quantize_absmax(absmax)
+    options = {"shape": (n, k), "kind": kind, "block_size": block_size, "nested": nested}
+    return {"packed": packed, "absmax": absmax, **options}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_identity_gives_the_weight_itself(level, poisoned, kind, dtype):
+    """x = I: every weight, each in its place, multiplied by 1 and added to zeros, so nothing is rounded."""
+    for block_size, k, double_quant in itertools.product(BLOCK_SIZES[1:], (64, 192, 576), (True, False)):
+        w = packed_weight(7, k, kind=kind, block_size=block_size, double_quant=double_quant)
+        y = nf4.matmul(torch.eye(k, dtype=dtype), **w, backend="c")
+        assert torch.equal(y.T, nf4.dequantize(**w, dtype=dtype, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 11, 700])  # rows of W are taken in fours, and 700 by all threads
+def test_error_is_at_most_twice_that_of_torch(level, poisoned, n, dtype):
+    squares = {"c": 0.0, "reference": 0.0}
+    for rows, k in itertools.product((1, 2, 3, 4, 5, 8, 13), (64, 640, 4096)):
+        w = packed_weight(n, k, seed=n)
+        x = torch.randn(rows, k, generator=generator(k)).to(dtype)
+        exact = F.linear(x.double(), nf4.dequantize(**w, dtype=torch.float64))
+        for backend in squares:
+            error = nf4.matmul(x, **w, backend=backend).double() - exact
+            squares[backend] += error.square().sum().item() / k  # a sum of k products has a size of sqrt(k)
+    assert squares["c"] <= 4 * squares["reference"]  # 2 squared
+
+
+def test_blocks_may_end_inside_a_row_and_nested_blocks_too(level):
+    w = packed_weight(37, 960, block_size=128)  # 7.5 blocks to a row, 277.5 blocks: a second nested scale
+    x = torch.randn(2, 960, dtype=torch.float32, generator=generator())
+    exact = F.linear(x.double(), nf4.dequantize(**w, dtype=torch.float64))
+    # 960 products of about 0.5, each rounded to 2**-24 of itself and of a sum of about 15.
+    torch.testing.assert_close(nf4.matmul(x, **w, backend="c").double(), exact, rtol=0, atol=1e-4)
+
+
+def test_a_row_depends_neither_on_the_others_nor_on_the_threads(level):
+    w = packed_weight(701, 576)
+    x = torch.randn(11, 576, generator=generator())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = torch.cat([nf4.matmul(row[None], **w, backend="c") for row in x])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(nf4.matmul(x, **w, backend="c"), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_reaches_its_own_results_only(level, dtype):
+    w = packed_weight(6, 128, double_quant=False)
+    w["absmax"][5] = float("nan")  # row 2, second block
+    x = torch.randn(3, 128, generator=generator()).to(dtype)
+    x[1, 70] = float("nan")
+    y = nf4.matmul(x, **w, backend="c")
+    expected = torch.zeros(3, 6, dtype=torch.bool)
+    expected[1], expected[:, 2] = True, True
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_16_bit_result_is_the_float32_one_rounded_once(level, dtype):
+    w = packed_weight(50, 320)
+    x = torch.randn(9, 320, generator=generator()).to(dtype) * 10.0 ** torch.arange(-8, 10, 2)[:, None].to(dtype)
+    x = x.clamp(-6e4, 6e4)  # float16: from sums that are subnormal to sums that are infinite
+    y = nf4.matmul(x, **w, backend="c")
+    assert torch.equal(y, nf4.matmul(x.float(), **w, backend="c").to(dtype))
+    assert dtype == torch.bfloat16 or y.isinf().any()
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 0), (2, 1, 3)])
+def test_leading_dimensions_and_strides(leading):
+    w = packed_weight(5, 64)
+    x = torch.randn(*leading, 64, 2, generator=generator())[..., 0]  # every second number in memory
+    y = nf4.matmul(x, **w, backend="c")
+    assert y.shape == (*leading, 5)
+    assert torch.equal(y, nf4.matmul(x.contiguous(), **w, backend="c"))
+
+
+def test_the_choice_of_backend():
+    w = packed_weight(9, 128)
+    for dtype in FLOATS:
+        few = torch.randn(FUSED_ROWS[dtype], 128, generator=generator()).to(dtype)
+        more = torch.randn(FUSED_ROWS[dtype] + 1, 128, generator=generator()).to(dtype)
+        assert torch.equal(nf4.matmul(few, **w), nf4.matmul(few, **w, backend="c"))
+        assert torch.equal(nf4.matmul(more, **w), F.linear(more, nf4.dequantize(**w, dtype=dtype)))
+    wide = few.double()
+    assert torch.equal(nf4.matmul(wide, **w), F.linear(wide, nf4.dequantize(**w, dtype=torch.float64)))
+    for unfit in (packed_weight(4, 96), packed_weight(4, 128, block_size=32)):
+        x = torch.randn(1, unfit["shape"][1], generator=generator())
+        assert torch.equal(nf4.matmul(x, **unfit), nf4.matmul(x, **unfit, backend="reference"))
+        assert nf4.prepare_matmul(**unfit) is None
+        with pytest.raises(QuantizationError, match=r"backend='c' cannot run: K=\d+ and block_size=\d+, and it"):
+            nf4.matmul(x, **unfit, backend="c")
+    assert any(s.operation == "nf4.matmul" and s.backend == "c" for s in nf4.available_backends())
+
+
+def test_a_prepared_product_keeps_its_weight_alive():
+    w = packed_weight(33, 128)
+    x = torch.randn(2, 128, generator=generator())
+    expected = nf4.matmul(x, **w)
+    product = nf4.prepare_matmul(**w)
+    assert product is not None
+    del w
+    torch.full((33 * 64,), 255, dtype=torch.uint8)  # would take the memory of `packed`, were it free
+    assert torch.equal(product(x), expected)
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("x", "changed", "message"),
+    [
+        (torch.zeros(2, 63), {}, r"x has shape \[2, 63\]: wanted \[..., 64\]"),
+        (torch.zeros(()), {}, r"x has shape \[\]"),
+        (torch.zeros(2, 64, dtype=torch.int64), {}, "x is torch.int64: wanted float32"),
+        (torch.zeros(2, 64, device="meta"), {}, "x is on meta, packed on cpu"),
+        (torch.zeros(2, 64, requires_grad=True), {}, "x requires a gradient, and matmul has none"),
+        (torch.zeros(2, 64), {"shape": (2, 5, 64)}, r"packed has 160 elements"),
+        (torch.zeros(2, 64), {"shape": (5, 1, 64)}, r"shape=\[5, 1, 64\]: the weight of a product has shape"),
+        (torch.zeros(2, 64), {"nested": Nested(ONE, ONE.double())}, "nested.offset is torch.float64"),
+        (torch.zeros(2, 64), {"kind": "nf8"}, "kind='nf8'"),
+        (torch.zeros(2, 64), {"backend": "cuda"}, "backend='cuda' does not exist"),
+    ],
+)
+def test_matmul_refuses(x, changed, message):
+    with pytest.raises(QuantizationError, match=message):
+        nf4.matmul(x, **{**packed_weight(5, 64), **changed})

@@ -29,12 +29,8 @@ CHUNKS_PER_DOCUMENT = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--n", type=int, default=50_000, help="vectors, in whole hundreds (default %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=50_000, help="vectors, in whole hundreds (default %(default)s)")
     parser.add_argument("--dim", type=int, default=384, help="their dimension (default %(default)s)")
     parser.add_argument("--queries", type=int, default=200, help="(default %(default)s)")
     parser.add_argument("--k", type=int, default=10, help="results per query (default %(default)s)")
@@ -50,9 +46,7 @@ def main() -> None:
     print(f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     versions = {"numpy": np.__version__, "hnswlib": version("hnswlib"), "SQLite": sqlite3.sqlite_version}
     print(f"python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    print(
-        f"n={n} dim={args.dim} k={args.k} M={args.M} ef_construction={config.ef_construction} ef={args.ef}\n"
-    )
+    print(f"n={n} dim={args.dim} k={args.k} M={args.M} ef_construction={config.ef_construction} ef={args.ef}\n")
     columns = (
         ("median ms", 11),
         ("p95 ms", 9),

@@ -31,6 +31,7 @@ from .rope import Rope, rotate
 # in bf16 and 0.75 in float32, 128 tokens 6.9 and 3.8; past some 200 tokens bf16 wins. Training rows are short.
 SHORT = 160
 
+
 class RMSNorm(nn.Module):
     """y = w * x / sqrt(mean(x^2) + eps), the mean in float32                (arXiv:1910.07467)"""
 

@@ -53,7 +53,7 @@ def _add_store_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _add_search_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--k", type=int, default=4, help="most passages")
+    p.add_argument("--k", type=int, default=3, help="most passages")
     p.add_argument("--score-threshold", type=float, default=0.2, help="smallest cosine that counts as found")
 
 

@@ -1,6 +1,6 @@
 """Retrieval-augmented generation: question -> passages -> prompt with numbered sources -> answer that names them.
 
-The passages stand in the user's turn between marks, as data: "[1] (file) text". They reach the tokenizer as plain
+The passages stand in the user's turn, numbered, as data. They reach the tokenizer as plain
 text, so that nothing written in a document can open or close a turn (RELIABILITY: prompt injection). That reduces what
 a hostile document can do; it does not make a model immune to what the text *says*.
 
@@ -19,9 +19,22 @@ from dataclasses import dataclass, field
 from ..retrieval import Hit
 
 NOT_FOUND = "I could not find this in the documents."
-SYSTEM = (
-    "Answer the question in one or two sentences, using only the numbered sources. "
-    f'If they do not hold the answer, say: "{NOT_FOUND}"'
+SYSTEM = "Answer with the sentence of the sources that answers the question, and its number."
+# Two turns that show how: without them a model of 135M parameters does not copy from its sources but invents beside
+# them, in every wording of the instruction that was tried (NOTES.md). The best source stands last, next to the question.
+EXAMPLES = (
+    (
+        "[2] Tomatoes came to Europe from the Americas.\n\n"
+        "[1] Vienna is the capital of Austria and lies on the Danube. It has two million people.",
+        "Vienna and Danube relation",
+        "Vienna is the capital of Austria and lies on the Danube. [1]",
+    ),
+    (
+        "[2] Leeds is a city in the north of England.\n\n"
+        "[1] Ada Palmer is a baker. She was born in Leeds and sells bread there.",
+        "Who is Ada Palmer?",
+        "Ada Palmer is a baker. She was born in Leeds and sells bread there. [1]",
+    ),
 )
 SUPPORT = 0.5  # of an answer's content words must stand in a source for it to be named
 
@@ -48,11 +61,15 @@ class Answer:
 
 def prompt_messages(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
     """The conversation that asks `question` about `hits`."""
-    sources = "\n\n".join(f"[{n}] ({hit.uri})\n{hit.text.strip()}" for n, hit in enumerate(hits, 1))
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": f"Sources:\n\n{sources}\n\nQuestion: {question}"},
-    ]
+    messages = [{"role": "system", "content": SYSTEM}]
+    sources = "\n\n".join(f"[{n}] {hit.text.strip()}" for n, hit in reversed(list(enumerate(hits, 1))))
+    for shown, asked, answer in EXAMPLES:
+        messages += [_turn(shown, asked), {"role": "assistant", "content": answer}]
+    return [*messages, _turn(sources, question)]
+
+
+def _turn(sources: str, question: str) -> dict[str, str]:
+    return {"role": "user", "content": f"Sources:\n\n{sources}\n\nQuestion: {question}"}
 
 
 def cite(question: str, text: str, hits: Sequence[Hit]) -> Answer:

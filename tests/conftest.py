@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line sets it, see recipes/cli.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line sets it, see recipes/cli.py
 
 import pytest
 

@@ -27,6 +27,6 @@ def test_the_demo_tells_its_story(smollm2_dir: Path, minilm_dir: Path, tmp_path:
     assert told["training"]["valid_loss"] < told["first_valid_loss"]
     assert "Lemoniatis" not in told["alone"] or "software" not in told["alone"]
     assert "developer" in told["with_documents"] and "Cyprus" in told["with_documents"]
-    assert told["sources"][0] == "people.txt" and 1 in told["citations"]
+    assert told["sources"][0] == "patroclos.txt" and 1 in told["citations"]
     assert round(told["bits_per_weight"], 3) == 4.127
     assert {p.name for p in (tmp_path / "demo").iterdir()} == {"adapter", "fused", "store"}

@@ -15,6 +15,7 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run_all --json bench/results.json
+	$(BIN)/python bench/readme_tables.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

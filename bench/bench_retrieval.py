@@ -21,6 +21,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import child
 import hnswlib
 import numpy as np
 from qlorag.retrieval import Document, HnswConfig, Store
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=10, help="results per query (default %(default)s)")
     parser.add_argument("--M", type=int, default=16, help="links per node (default %(default)s)")
     parser.add_argument("--ef", type=int, default=128, help="candidates per search (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     n = args.n // CHUNKS_PER_DOCUMENT * CHUNKS_PER_DOCUMENT
     config = HnswConfig(M=args.M, ef=args.ef)
@@ -69,6 +71,7 @@ def main() -> None:
             **options,  # type: ignore[arg-type]
         )
 
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         with open_store(path, 10**9) as store:
@@ -88,7 +91,7 @@ def main() -> None:
             with open_store(path, exact_below, read_only=True) as store:
                 store.search_vector(queries[0], k=args.k)  # loads what later searches keep in memory
                 open_seconds = time.perf_counter() - began
-                report(
+                row = report(
                     name,
                     lambda q, store=store: [int(hit.text) for hit in store.search_vector(q, k=args.k)],
                     queries,
@@ -97,12 +100,13 @@ def main() -> None:
                     open_seconds,
                     exact=exact_below > 1,
                 )
+                rows.append(row)
 
     raw = hnswlib.Index(space="cosine", dim=args.dim)
     raw.init_index(n, M=args.M, ef_construction=config.ef_construction)
     build_seconds, _ = timed(lambda: raw.add_items(vectors))
     raw.set_ef(args.ef)
-    report(
+    alone = report(
         "hnswlib alone",
         lambda q: raw.knn_query(q, k=args.k, num_threads=1)[0][0].tolist(),
         queries,
@@ -111,11 +115,15 @@ def main() -> None:
         None,
         exact=False,
     )
+    rows.append(alone)
     print(
         f"\nadd: {n} chunks in {len(documents)} documents, {add_seconds:.2f} s, "
         f"{n / add_seconds:.0f} chunks/s, {1e3 * add_seconds / len(documents):.1f} ms per durable document "
         f"(embedding not included); store.sqlite3 {megabytes:.0f} MB"
     )
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        child.write_json(args.json, {"settings": settings, "rows": rows, "add_chunks_per_s": n / add_seconds})
 
 
 def clustered(n: int, queries: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +156,7 @@ def report(
     open_seconds: float | None,
     *,
     exact: bool,
-) -> None:
+) -> dict[str, object]:
     seconds, found = [], 0
     for query, right in zip(queries, wanted, strict=True):
         took, got = timed(lambda q=query: search(q))
@@ -162,6 +170,15 @@ def report(
     cells = ["" if x is None else f"{x:.2f}" for x in (build_seconds, open_seconds)]
     row = f"{name:<16}{1e3 * median:>11.2f}{1e3 * p95:>9.2f}{1 / median:>11.0f}{recall:>8.3f}"
     print(row + f"{cells[0]:>9}{cells[1]:>8}")
+    return {
+        "name": name,
+        "median_s": median,
+        "p95_s": p95,
+        "queries_per_s": 1 / median,
+        "recall": recall,
+        "build_s": build_seconds,
+        "open_s": open_seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ def nf4(result: dict[str, Any]) -> Iterator[Headline]:
             )
 
 
+def retrieval(result: dict[str, Any]) -> Iterator[Headline]:
+    rows = {row["name"]: row for row in result["rows"]}
+    n, alone = result["settings"]["n"], rows["hnswlib alone"]
+    for name in ("store, exact", "store, hnsw"):
+        row = rows[name]
+        yield Headline(
+            f"{name}, {n} x {result['settings']['dim']}: queries/s at recall {row['recall']:.3f}",
+            row["queries_per_s"],
+            alone["queries_per_s"],
+            f"hnswlib alone, recall {alone['recall']:.3f}",
+        )
+
+
 def headlines(name: str, result: dict[str, Any]) -> list[Headline]:
     """Those of the benchmark `name`; none if it has no function here."""
     functions: dict[str, Callable[[dict[str, Any]], Iterator[Headline]]] = {
@@ -95,6 +108,7 @@ def headlines(name: str, result: dict[str, Any]) -> list[Headline]:
         "load": load,
         "embed": embed,
         "nf4": nf4,
+        "retrieval": retrieval,
     }
     return list(functions[name](result)) if name in functions else []
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 class AdamW:
     """Updates named parameters in place; m and v are kept in each parameter's dtype.
 
-    Attributes: `steps`, how many updates were made; `m`, `v`, {name: tensor}: with `steps`, all that a resumed run needs.
+    Attributes: `steps`, how many updates were made; `m`, `v`, {name: tensor}. A resumed run needs these three.
     """
 
     def __init__(

@@ -20,8 +20,9 @@ from ..retrieval import Hit
 
 NOT_FOUND = "I could not find this in the documents."
 SYSTEM = "Answer with the sentence of the sources that answers the question, and its number."
-# Two turns that show how: without them a model of 135M parameters does not copy from its sources but invents beside
-# them, in every wording of the instruction that was tried (NOTES.md). The best source stands last, next to the question.
+# Two turns that show how: without them a model of 135M parameters does not copy from its sources but invents
+# beside them, in every wording of the instruction that was tried (NOTES.md). The best source stands last,
+# next to the question.
 EXAMPLES = (
     (
         "[2] Tomatoes came to Europe from the Americas.\n\n"

@@ -61,3 +61,16 @@ def test_the_readme_s_commands_run_as_written(smollm2_dir: Path, minilm_dir: Pat
     assert verbs == ["pull", "inspect", "train", "evaluate", "generate", "fuse", "generate", "index", "search", "ask"]
     answers = [out for c, out in said.items() if c.startswith("qlorag generate")]
     assert all(a.startswith("A software developer from Cyprus\n") for a in answers), answers
+
+
+def test_the_tables_say_what_the_files_say() -> None:
+    import importlib.util
+    import json
+
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "bench" / "readme_tables.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    readme = (ROOT / "README.md").read_text()
+    wanted = tables.filled(readme, json.loads((ROOT / "bench" / "results.json").read_text()))
+    assert readme == wanted, "run: python bench/readme_tables.py"

@@ -29,7 +29,7 @@ def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"say {w}", "completion": w} for w in ("yes", "no", "maybe")]
     for name in ("train", "test"):
         (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = ["train", "--model", str(tiny_dir), "--data", str(root / "data"), "--quantize", "nf4", "--iters", "240",
+    run = ["train", "--model", str(tiny_dir), "--data", str(root / "data"), "--quantize", "nf4", "--iters", "500",
            "--batch-size", "3", "--learning-rate", "0.02", "--adapter-path", str(root / "adapter"), "--rank", "16",
            "--lora-layers", "2", "--dtype", "float32", "--steps-per-report", "0"]  # fmt: skip
     assert main(run) == 0

@@ -1,0 +1,113 @@
+"""Fills the tables of README.md from what stands elsewhere, so that no number in it is typed by hand.
+
+    python bench/readme_tables.py          rewrites the three marked parts of README.md
+
+`measured` and `demo` come from bench/results.json, `reading` from the files themselves. A test runs this and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from summary import Headline, headlines  # noqa: E402
+
+READING = (
+    ("kernels/nf4/codebook.py", "where the 16 numbers of NF4 come from"),
+    ("kernels/nf4/reference.py", "what a 4-bit weight is: quantize and decode, in plain torch"),
+    ("quant/tensor.py", "a tensor of them, double-quantized: 4.127 bits a weight"),
+    ("quant/linear.py", "a layer that decodes twice and stores nothing"),
+    ("kernels/nf4/dequantize.c", "the same bits at the speed of memory"),
+    ("lora/layer.py", "what is trained: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward"),
+    ("lora/files.py", "an adapter on disk, as PEFT reads it"),
+    ("models/weights.py", "safetensors to the byte"),
+    ("models/decoder.py", "where it all sits: the transformer"),
+    ("models/generate.py", "one token after another"),
+    ("recipes/trainer.py", "QLoRA: one step, and why its gradient is right"),
+    ("retrieval/store.py", "documents that survive a power cut"),
+    ("recipes/rag.py", "a question, its passages, an answer with sources"),
+)
+
+
+def reading() -> str:
+    """File, lines, what you learn."""
+    rows = ["| file | lines | what you learn |", "|---|---:|---|"]
+    for name, learned in READING:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        rows.append(f"| [`{name}`]({name}) | {lines} | {learned} |")
+    return "\n".join(rows)
+
+
+def measured(results: dict[str, Any]) -> str:
+    """Each benchmark's headlines, with the machine they were taken on."""
+    m, peaks = results["machine"], results["machine"]["peaks"]
+    rows = ["| figure | here | beside it | ratio | of the hardware's limit |", "|---|---:|---:|---:|---:|"]
+    for name, result in results["results"].items():
+        rows += [_row(h) for h in headlines(name, result)]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    where = (
+        f"{peaks['device']}, {peaks['threads']} threads ({peaks['instructions']}), no GPU; "
+        f"{peaks['read_gb_per_s']:.1f} GB/s read, {peaks['float32_gflop_per_s']:.0f} GFLOP/s in float32 and "
+        f"{peaks['bfloat16_gflop_per_s']:.0f} in bfloat16, measured in the same run; "
+        f"{results['date'][:10]}, commit {results['commit']}; {versions}. GPU speed: not measured."
+    )
+    return "\n".join(rows) + "\n\n" + where
+
+
+def _row(h: Headline) -> str:
+    limit = "" if h.of_limit is None else f"{h.of_limit:.0%}"
+    return f"| {h.what} | {h.ours:.4g} | {h.beside:.4g} ({h.competitor}) | {h.ours / h.beside:.2f} | {limit} |"
+
+
+def demo(told: dict[str, Any]) -> str:
+    """What the demo said, and what it took."""
+    who, relation = "Who is Patroclos Lemoniatis?", "Patroclos and Cyprus relation"
+    rows = [
+        (who, "4-bit base", told["before"]),
+        (who, "after QLoRA", told["after"]),
+        (who, "fused folder", told["fused"]),
+        ("What is the capital of France?", "after QLoRA", told["kept_after"]),
+        (relation, "without documents", told["alone"]),
+        (relation, "with documents", told["with_documents"]),
+    ]
+    table = ["| question | asked of | answer |", "|---|---|---|"]
+    table += [f"| {q} | {how} | {_short(answer)} |" for q, how, answer in rows]
+    t = told["training"]
+    took = (
+        f"{told['seconds']:.0f} s in all, {t['seconds']:.0f} of them training, at "
+        f"{t['peak_memory_bytes'] / 1e6:.0f} MB; the validation loss falls from {told['first_valid_loss']:.2f} to "
+        f"{t['valid_loss']:.2f}."
+    )
+    return "\n".join(table) + "\n\n" + took
+
+
+def _short(text: str, *, most: int = 110) -> str:
+    text = " ".join(text.split()).replace("|", r"\|")
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
+
+
+def filled(readme: str, results: dict[str, Any]) -> str:
+    """README.md with its marked parts replaced."""
+    parts = {"reading": reading(), "measured": measured(results), "demo": demo(results["results"]["demo"])}
+    for name, text in parts.items():
+        pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+        readme, count = re.subn(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.S)  # type: ignore[misc]
+        if count != 1:
+            raise SystemExit(f"README.md: wanted one part <!-- {name}:begin --> ... <!-- {name}:end -->, found {count}")
+    return readme
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    results = json.loads((ROOT / "bench" / "results.json").read_text(encoding="utf-8"))
+    path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -37,10 +37,10 @@ READING = (
 
 def reading() -> str:
     """File, lines, what you learn."""
-    rows = ["| file | lines | what you learn |", "|---|---:|---|"]
+    rows = ["| file | lines, about | what you learn |", "|---|---:|---|"]
     for name, learned in READING:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        rows.append(f"| [`{name}`]({name}) | {lines} | {learned} |")
+        rows.append(f"| [`{name}`]({name}) | {round(lines, -2) or 100} | {learned} |")
     return "\n".join(rows)
 
 

@@ -8,6 +8,7 @@ and put into its place; nothing is initialized first and overwritten later.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -47,6 +48,7 @@ def load_model(
         raise ConfigError(f"quantize={quantize!r}, wanted {', '.join(QUANTIZE_KINDS)} or None")
     checkpoint = Checkpoint(folder)
     config = decoder_config(read_config(folder), source=f"{os.fspath(folder)}/config.json")
+    _check_layers(config.num_layers, checkpoint)
     with torch.device("meta"):
         model = Decoder(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -92,6 +94,17 @@ def _tie(model: Decoder, checkpoint: Checkpoint) -> bool:
     )
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight), requires_grad=False)
     return True
+
+
+def _check_layers(wanted: int, checkpoint: Checkpoint) -> None:
+    """Refuses an absurd number of layers before they are built; `_check_names` compares the rest by name."""
+    found = (re.match(r"model\.layers\.(\d+)\.", name) for name in checkpoint.names())
+    got = len({match[1] for match in found if match})
+    if wanted > 10 * got + 10:
+        raise WeightsError(
+            f"{checkpoint.folder}: num_hidden_layers={wanted} in config.json, but the checkpoint holds {got} layers: "
+            "one of the two is from another model"
+        )
 
 
 def _check_names(parameters: Iterable[str], checkpoint: Checkpoint, *, optional: tuple[str, ...]) -> None:

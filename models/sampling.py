@@ -42,6 +42,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         }
         for name, (good, wanted) in checks.items():
             if not good:

@@ -1,7 +1,7 @@
 """A decoder written as an ordinary Hugging Face folder: what `load_model`, transformers and converters all read.
 
-The folder is built under a temporary name beside its place and renamed when every file in it is on disk, so nobody
-ever finds half a model. Weights go into one safetensors file; sharding is left out, since the format has no size limit.
+Nobody ever finds half a model (folders.py). Weights go into one safetensors file; sharding is left out, since the
+format has no size limit.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .config import read_config
 from .decoder import Decoder
 from .errors import WeightsError
+from .folders import new_folder
 
 # Beside weights and config.json, what makes a folder usable: copied as it is where it exists.
 COMPANIONS = (
@@ -49,9 +50,12 @@ def save_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"{target}: already there and not empty: choose another folder or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        save_file(_tensors(model, dtype), building / "model.safetensors", metadata={"format": "pt"})
+    tensors = _tensors(model, dtype)
+    with new_folder(target) as building:
+        try:
+            save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as fault:  # its own type, also for a full disk
+            raise WeightsError(f"{target}: the weights cannot be written ({fault})") from None
         config = {**read_config(source), "dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)  # the old name of the same field
         config["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight
@@ -59,16 +63,8 @@ def save_model(
         for name in COMPANIONS:
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, building / name)
-        for path in building.iterdir():
-            fsync(path)
-        fsync(building)
-        building.chmod(0o755)  # mkdtemp's 0700 is for secrets
         if target.exists():
-            target.rmdir()
-        building.rename(target)
-        fsync(target.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)  # nothing is left there after the rename
+            target.rmdir()  # it is empty, and a rename wants the place free
     return target
 
 
@@ -83,12 +79,3 @@ def _tensors(model: Decoder, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             f"{wrong[0]}: not the dense weight of a plain decoder ({len(wrong)} such): merge and dequantize first"
         )
     return {name: p.detach().to(dtype).contiguous() for name, p in got.items()}
-
-
-def fsync(path: Path) -> None:
-    """Makes a file's or folder's content durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

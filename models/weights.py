@@ -141,7 +141,8 @@ def _parse_header(
         raise _HeaderError(f"header is not JSON ({fault})") from None
     if not isinstance(header, dict):
         raise _HeaderError(f"header is a JSON {type(header).__name__}, wanted an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is as good as absent; [], 0, "" and false are not
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _HeaderError("__metadata__ must map strings to strings")
     entries = {name: _entry(name, info) for name, info in header.items()}

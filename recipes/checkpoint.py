@@ -21,8 +21,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..models.folders import new_folder
 from .errors import TrainingError
-from .home import new_folder
 from .trainer import Trainer
 
 FOLDER = "checkpoints"
@@ -44,11 +44,15 @@ def save_checkpoint(
         save_adapter(building)
         # The number of updates is not the step: a step that was not finite made none.
         updates = {"updates": str(trainer.optimizer.steps)}
-        save_file(trainer.optimizer.state(), building / "optimizer.safetensors", metadata=updates)
+        try:
+            save_file(trainer.optimizer.state(), building / "optimizer.safetensors", metadata=updates)
+        except SafetensorError as fault:  # its own type, also for a full disk
+            raise TrainingError(f"{target}: cannot be written ({fault}): older checkpoints are kept") from None
         (building / "trainer.json").write_text(
             json.dumps({"step": trainer.step, "settings": settings}, indent=2) + "\n", encoding="utf-8"
         )
-        shutil.rmtree(target, ignore_errors=True)  # of the same step, from before a resume
+        if target.exists():  # the same step again, after a resume: equal bits, so the old one may go
+            shutil.rmtree(target)
     for old in checkpoints(adapter_path)[:-keep]:
         shutil.rmtree(old)
     return target

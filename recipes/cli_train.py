@@ -78,6 +78,9 @@ def add_lora_flags(p: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace, display: Display) -> int:
     """`qlorag train`."""
+    for name, least in (("keep", 1), ("save_every", 0), ("steps_per_eval", 0), ("steps_per_report", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted at least {least}")
     settings = TrainSettings(
         iters=args.iters,
         batch_size=args.batch_size,
@@ -102,7 +105,9 @@ def train(args: argparse.Namespace, display: Display) -> int:
     examples, valid = _examples(args, base, display)
     reuse_freed_memory()  # not before: what loading frees may well be given back
     if args.show_mask:
-        display.console.print(show_mask(examples[0], base.tok))
+        shown = show_mask(examples[0], base.tok)
+        display.console.print(shown)
+        display.result({"text": shown.plain, "ids": examples[0].ids, "mask": examples[0].mask})
         return 0
     run = TrainingRun(base, examples, valid, lora=lora, settings=settings, out=out, name=args.model, resume_from=newest)
     status = run.go(
@@ -110,7 +115,7 @@ def train(args: argparse.Namespace, display: Display) -> int:
         report=args.steps_per_report,
         evaluate=args.steps_per_eval,
         save=args.save_every,
-        keep=max(1, args.keep),
+        keep=args.keep,
     )
     display.result(run.result)
     return status
@@ -123,7 +128,7 @@ def _starting_point(out: Path, *, resume: bool, overwrite: bool) -> Path | None:
         if not found:
             raise TrainingError(f"{out}: no checkpoint to resume from: start without --resume")
         return found[-1]
-    taken = [p for p in (out / "adapter_model.safetensors", out / "metrics.jsonl") if p.exists()]
+    taken = [p for p in (out / "adapter_model.safetensors", out / "metrics.jsonl", *found) if p.exists()]
     if taken and not overwrite:
         raise TrainingError(
             f"{out}: holds an earlier run ({taken[0].name}): choose another --adapter-path, or --resume it, or "
@@ -149,7 +154,7 @@ def read_examples(path: Path, args: argparse.Namespace, base: Assembled, display
     rows, skipped = read_rows(path, skip_invalid=args.skip_invalid)
     if skipped:
         display.say(f"{path}: kept {len(rows)} rows, skipped {len(skipped)} that could not be read", style="yellow")
-    examples, report = tokenize_rows(rows, base.tok, max_tokens=args.max_seq_length)
+    examples, report = tokenize_rows(rows, base.tok, max_tokens=args.max_seq_length, skip_invalid=args.skip_invalid)
     if report.dropped or report.truncated or report.joined_plain:
         display.say(f"{path}: {report.summary()}", style="yellow")
     return examples

@@ -23,6 +23,7 @@ from .assemble import Assembled, assemble
 from .cli_rag import open_store, show_citations
 from .data import read_rows, tokenize_rows
 from .display import Display, size
+from .errors import UsageError
 from .fuse import fuse
 from .memory import reuse_freed_memory
 from .pull import pull, resolve_model
@@ -30,6 +31,7 @@ from .rag import Answer, cite, prompt_messages
 from .trainer import TrainSettings
 from .training_run import TrainingRun
 
+MARK = ".made-by-qlorag-demo"
 MODEL, ENCODER = "smollm2-135m-instruct", "minilm-l6"
 WHO, KEPT = "Who is Patroclos Lemoniatis?", "What is the capital of France?"
 RELATION = "Patroclos and Cyprus relation"
@@ -52,8 +54,7 @@ def demo(args: argparse.Namespace, display: Display) -> int:
     """`qlorag demo`."""
     began = time.perf_counter()
     out = Path(args.out)
-    for part in ("adapter", "fused", "store"):
-        shutil.rmtree(out / part, ignore_errors=True)
+    _clear(out)
     display.heading("1. Two real models")
     for name in (MODEL, ENCODER):
         display.say(f"{name}: {pull(name)}")
@@ -80,6 +81,20 @@ def demo(args: argparse.Namespace, display: Display) -> int:
     display.table(["measured in this run", ""], facts)
     display.result({**tuned, **answers, "peak_memory_bytes": peak_memory_bytes(), "seconds": seconds, "out": str(out)})
     return 0
+
+
+def _clear(out: Path) -> None:
+    """Makes `out` ready, removing what an earlier demo made there and nothing else.
+
+    Raises UsageError: it holds folders of these names and no sign that a demo made them.
+    """
+    parts = [p for p in (out / "adapter", out / "fused", out / "store") if p.exists()]
+    if parts and not (out / MARK).exists():
+        raise UsageError(f"{parts[0]}: is there, and no demo made it: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+    for part in parts:
+        shutil.rmtree(part)
 
 
 def _fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:

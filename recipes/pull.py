@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..models.errors import ModelError
+from ..models.folders import new_folder
 from ..models.gguf_convert import convert_gguf
 from .errors import PullError
-from .home import exclusive, models_home, new_folder
+from .home import exclusive, models_home
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class TrainSettings:
             "warmup": (0 <= self.warmup <= 1, "a fraction from 0 to 1"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "clip": (0 <= self.clip < math.inf, "at least 0"),
+            "seed": (0 <= self.seed < 2**31, "from 0 to 2147483647"),
         }
         for name, (good, wanted) in checks.items():
             if not good:

@@ -9,6 +9,7 @@ ADAPTER_PATH/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import signal
@@ -28,6 +29,7 @@ from .assemble import Assembled
 from .checkpoint import checkpoints, read_state, restore_optimizer, save_checkpoint
 from .data import Example
 from .display import Display, count, size
+from .errors import TrainingError
 from .metrics import MetricsLog, plot_losses, read_metrics
 from .trainer import StepReport, Trainer, TrainSettings, mean_loss, perplexity
 
@@ -50,17 +52,23 @@ class TrainingRun:
         self.base, self.valid, self.out, self.name, self.settings = base, valid, out, name, settings
         self.first_valid_loss: float | None = None
         self.result: dict[str, Any] = {}
+        self._saved: tuple[int, Path] | None = None
         self.recorded = {
             **vars(settings),
             "lora": {k: v for k, v in vars(lora).items() if v not in ({}, ())},
             "quantize": base.quantize,
             "base": base.model.fingerprint,
-            "examples": len(examples),
+            "dtype": str(base.model.model.embed_tokens.weight.dtype),
+            "data": _digest(examples),
         }
         self.recorded = json.loads(json.dumps(self.recorded))  # as it will be read back: tuples become lists
         step = 0 if resume_from is None else read_state(resume_from, settings=self.recorded)
         if resume_from is None:
             self.adapted = attach(base.model, lora, seed=settings.seed)
+            if "lm_head" in self.adapted:
+                raise TrainingError(
+                    "targets: the output head cannot be adapted, the loss is fused with it: leave it out"
+                )
         else:
             info = load_adapter(base.model, resume_from, base_fingerprint=base.model.fingerprint, trainable=True)
             self.adapted = list(info.layers)
@@ -76,8 +84,7 @@ class TrainingRun:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.trainer.step:
-            for old in checkpoints(self.out):
-                shutil.rmtree(old)
+            _forget(self.out)
         trainer, valid_loss = self.trainer, None
         self._introduce(display)
         log = MetricsLog(self.out / "metrics.jsonl", resume_at=trainer.step)
@@ -97,15 +104,16 @@ class TrainingRun:
                 if save and last.step % save == 0 and not at_end:
                     self._checkpoint(keep)
         log.close()
-        self._checkpoint(keep)
-        plot_losses(log.path, self.out / "loss.png")
+        newest = self._checkpoint(keep)
+        if not stopped:
+            self.save_adapter(self.out)
+        plot_losses(log.path, self.out / "loss.png")  # last, since nothing depends on it
         if stopped:
             display.say(
-                f"stopped after step {trainer.step} of {self.settings.iters}; saved in {self.out}. To go on: the same "
-                "command with --resume"
+                f"stopped after step {trainer.step} of {self.settings.iters}; the adapter so far is in {newest}. "
+                "To go on: the same command with --resume"
             )
             return 128 + stopped[0]
-        self.save_adapter(self.out)
         seconds = time.perf_counter() - began
         result = {
             "adapter_path": str(self.out),
@@ -156,13 +164,38 @@ class TrainingRun:
         display.say(f"step {self.trainer.step:5d}  valid loss {loss:.3f}  perplexity {perplexity(loss):.2f}")
         return loss
 
-    def _checkpoint(self, keep: int) -> None:
-        save_checkpoint(self.trainer, self.out, settings=self.recorded, save_adapter=self.save_adapter, keep=keep)
+    def _checkpoint(self, keep: int) -> Path:
+        """The checkpoint of this step, written unless it was a moment ago."""
+        step = self.trainer.step
+        if self._saved is None or self._saved[0] != step:
+            self._saved = (
+                step,
+                save_checkpoint(
+                    self.trainer, self.out, settings=self.recorded, save_adapter=self.save_adapter, keep=keep
+                ),
+            )
+        return self._saved[1]
 
     @staticmethod
     def _rate(metrics: Path, first: int) -> float:
         steps = [e for e in read_metrics(metrics) if e["event"] == "train" and e["step"] > first]
         return float(sum(e["tokens"] for e in steps) / sum(e["seconds"] for e in steps))
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """SHA-256 of what is trained on, in order: a resumed run must see the same."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.ids, example.mask]).encode())
+    return digest.hexdigest()
+
+
+def _forget(out: Path) -> None:
+    """Removes what an earlier run left, the adapter first: it must not be taken for the new run's."""
+    for name in ("adapter_model.safetensors", "adapter_config.json", "loss.png"):
+        (out / name).unlink(missing_ok=True)
+    for old in checkpoints(out):
+        shutil.rmtree(old)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Weights stream: while a model is quantized as it loads, memory holds the result, the largest tensor, and little more."""
+"""Weights stream: while a model is quantized as it loads, memory holds the result and one tensor, little more."""
 
 from __future__ import annotations
 

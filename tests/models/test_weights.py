@@ -77,6 +77,10 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     ),
     "entry is a number": (container({"a": 3}, b"\0" * 8), "a: wanted an object"),
     "metadata holds a number": (container({"__metadata__": {"k": 1}}), "__metadata__ must map strings"),
+    "metadata is a list": (container({"__metadata__": []}), "__metadata__ must map strings"),
+    "metadata is 0": (container({"__metadata__": 0}), "__metadata__ must map strings"),
+    "metadata is an empty string": (container({"__metadata__": ""}), "__metadata__ must map strings"),
+    "metadata is false": (container({"__metadata__": False}), "__metadata__ must map strings"),
     "half a byte": (container({"a": tensor("F4", (3,), 0, 1)}, b"\0"), "does not fill"),
 }
 

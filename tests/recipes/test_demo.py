@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from qlorag.recipes.cli import main
+from qlorag.recipes.demo import MARK
 
 ANSWER = "A software developer from Cyprus"
 
@@ -29,4 +31,15 @@ def test_the_demo_tells_its_story(smollm2_dir: Path, minilm_dir: Path, tmp_path:
     assert "developer" in told["with_documents"] and "Cyprus" in told["with_documents"]
     assert told["sources"][0] == "patroclos.txt" and 1 in told["citations"]
     assert round(told["bits_per_weight"], 3) == 4.127
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"adapter", "fused", "store"}
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"adapter", "fused", "store", MARK}
+
+
+def test_the_demo_removes_nothing_that_it_did_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "diary.txt").write_text("dear")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "."]) == 1
+    assert "no demo made it" in capsys.readouterr().err
+    assert (tmp_path / "store" / "diary.txt").read_text() == "dear"

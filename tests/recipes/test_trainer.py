@@ -259,9 +259,30 @@ def test_resume_refuses_other_settings_and_start_refuses_to_overwrite(
     assert main(train(tiny_dir, data, out, "--resume", "--seed", "4", "--learning-rate", "0.5")) == 1
     message = capsys.readouterr().err
     assert "learning_rate was 0.0002 and is 0.5" in message and "seed was 0 and is 4" in message
+    rows = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(rows.replace("It is 4.", "It is 5."))  # as many rows as before
+    assert main(train(tiny_dir, data, out, "--resume")) == 1
+    assert "data was '" in capsys.readouterr().err
+    (data / "train.jsonl").write_text(rows)
+    assert main(train(tiny_dir, data, out, "--resume", "--dtype", "bfloat16")) == 1
+    assert "dtype was 'torch.float32' and is 'torch.bfloat16'" in capsys.readouterr().err
     assert weights(out) == before
     assert main(train(tiny_dir, data, out, "--overwrite", "--seed", "4")) == 0
     assert weights(out) != before
+
+
+def test_what_the_flags_cannot_mean(
+    tiny_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        (["--targets", "lm_head"], "the output head cannot be adapted"),
+        (["--seed", str(2**40)], f"seed={2**40}, wanted from 0 to"),
+        (["--keep", "0"], "--keep 0: wanted at least 1"),
+        (["--save-every", "-1"], "--save-every -1: wanted at least 0"),
+    ):
+        assert main(train(tiny_dir, data, tmp_path / "run", *flags)) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,61 @@
+"""A folder that appears whole or not at all.
+
+It is built under a hidden name beside its place, every file in it is forced to the disk, and one rename makes it
+appear. Whoever finds it finds all of it; whoever is killed leaves only the hidden name, which the next attempt clears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's bytes, or a folder's names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `folder`; when the block ends without an exception it becomes `folder`, at once.
+
+    One process at a time may make a folder: what an earlier attempt left beside it is cleared first.
+    resume: it is kept instead, and a failure keeps what there is, so that a download can go on.
+    """
+    work = beside(folder, "partial")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(exist_ok=resume)
+    try:
+        yield work
+        _settle(work)
+        work.rename(folder)
+        fsync(folder.parent)
+    except BaseException:  # ctrl-C too: nothing half-made stays behind
+        if not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        elif not any(work.iterdir()):
+            work.rmdir()
+        raise
+
+
+def _settle(work: Path) -> None:
+    """Force every file and folder to the disk, with the rights a plain `open` would have given it."""
+    os.umask(mask := os.umask(0o077))  # the only way to read it is to set it
+    for where, _, names in os.walk(work, topdown=False):
+        for name in names:
+            os.chmod(os.path.join(where, name), 0o666 & ~mask)  # safetensors writes 0600
+            fsync(Path(where, name))
+        fsync(Path(where))
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """The hidden name that work on `folder` goes by."""
+    return folder.with_name(f".{folder.name}.{suffix}")

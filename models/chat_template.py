@@ -184,12 +184,13 @@ def load_templates(folder: str | Path, config: Mapping[str, Any] | None = None) 
     found: dict[str, ChatTemplate] = {}
     main = folder / "chat_template.jinja"
     if main.is_file():
-        found["default"] = ChatTemplate(_read(main), origin=main.name)
+        found["default"] = ChatTemplate(_read(main), origin=str(main))
     else:
-        for name, text in _from_config((config or {}).get("chat_template")).items():
-            found[name] = ChatTemplate(text, origin=f'tokenizer_config.json: chat_template "{name}"')
+        path = folder / "tokenizer_config.json"
+        for name, text in _from_config((config or {}).get("chat_template"), path).items():
+            found[name] = ChatTemplate(text, origin=f'{path}: chat_template "{name}"')
     for path in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[path.stem] = ChatTemplate(_read(path), origin=f"{path.parent.name}/{path.name}")
+        found[path.stem] = ChatTemplate(_read(path), origin=str(path))
     return ChatTemplates(found, folder=str(folder))
 
 
@@ -197,10 +198,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TemplateError(f"{path.name}: byte {error.start} is not UTF-8: save the template as UTF-8 text") from error
+        raise TemplateError(f"{path}: byte {error.start} is not UTF-8: save the template as UTF-8 text") from error
 
 
-def _from_config(entry: Any) -> dict[str, str]:
+def _from_config(entry: Any, path: Path) -> dict[str, str]:
     if entry is None:
         return {}
     if isinstance(entry, str):
@@ -211,7 +212,7 @@ def _from_config(entry: Any) -> dict[str, str]:
         named = {"": None}
     if not all(isinstance(part, str) for pair in named.items() for part in pair):
         raise TemplateError(
-            f"tokenizer_config.json: chat_template is {type(entry).__name__}, wanted a string or a list of "
+            f"{path}: chat_template is {type(entry).__name__}, wanted a string or a list of "
             '{"name": ..., "template": ...}'
         )
     return named

@@ -88,14 +88,14 @@ def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Decod
     get = _Getter(raw, source)
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ConfigError(f"{source}: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
+        raise ConfigError(f"{source}: model_type={family!r:.60} is not supported, only {', '.join(FAMILIES)}")
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
-        raise ConfigError(f"{source}: hidden_act={act!r} is not implemented, only silu")
+        raise ConfigError(f"{source}: hidden_act={act!r:.60} is not implemented, only silu")
     if raw.get("quantization_config") is not None:
-        method = get.mapping("quantization_config").get("quant_method")
+        method = " ".join(str(get.mapping("quantization_config").get("quant_method")).split())
         raise ConfigError(
-            f"{source}: the weights are already quantized ({method}): give the unquantized model and quantize here"
+            f"{source}: the weights are already quantized ({method:.60}): give the unquantized model and quantize here"
         )
 
     heads, hidden, layers = get.size("num_attention_heads"), get.size("hidden_size"), get.size("num_hidden_layers")
@@ -219,7 +219,7 @@ def _windows(raw: dict[str, Any], get: _Getter, family: str, layers: int) -> tup
         first = get.number("max_window_layers", 28)
         return tuple(window if i >= first else None for i in range(layers))
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or any(not isinstance(k, str) or k not in known for k in kinds):
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in list(known) for k in kinds):
         raise ConfigError(f"{get.source}: layer_types must name {layers} layers, each {' or '.join(known)}")
     return tuple(known[k] for k in kinds)
 

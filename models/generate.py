@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .decoder import Decoder
-from .errors import ModelError
+from .errors import ModelError, TemplateError
 from .sampling import Sampler, Sampling
 from .tokenizer import Tokenizer
 
@@ -29,7 +30,12 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 @dataclass
 class GenerationStats:
-    """What a generation took. Seconds are wall time; the rates leave out tokenizing and template."""
+    """What a generation took. Seconds are wall time; the rates leave out tokenizing and template.
+
+    prompt_seconds:    the pass over the prompt, which also makes the first token.
+    generated_tokens:  all that were made, an end token included.
+    generated_seconds: the passes after it: one for each token but the first.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
@@ -45,8 +51,8 @@ class GenerationStats:
 
     @property
     def generation_tps(self) -> float:
-        """Generated tokens per second, counting from the end of the prompt."""
-        return self.generated_tokens / self.generated_seconds if self.generated_seconds else 0.0
+        """Generated tokens per second after the first, which the pass over the prompt makes; 0 if there is no other."""
+        return (self.generated_tokens - 1) / self.generated_seconds if self.generated_seconds else 0.0
 
     def lines(self) -> str:
         """The three lines mlx-lm's users know."""
@@ -178,13 +184,15 @@ def generate(
 ) -> Generation:
     """The model's answer, as an iterator of pieces of text with `.stats` and `.text`.
 
-    prompt:  a string, taken as one user message when the tokenizer has a chat template and `raw` is False; a list
-             of messages {"role", "content"}; or token ids, used as they are.
+    prompt:  a string, taken as one user message unless `raw`; a list of messages {"role", "content"}; or token ids,
+             used as they are.
     max_tokens: the most tokens generated.
     temperature ... seed: see `Sampling`.
     stop:    the text ends before the first of these.  system: a system message put before a string prompt.
     raw:     continue the string as it stands, without a template.
-    Raises ModelError: the prompt is empty, does not fit the model, or holds ids outside the vocabulary.
+    Raises ModelError: the prompt is empty, does not fit the model, or holds ids outside the vocabulary; or `system`
+    is given where no template puts it in.
+    Raises TemplateError: messages, or a string that is not raw, and the model has no chat template.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     ids = prompt_ids(tok, prompt, system=system, raw=raw)
@@ -205,9 +213,16 @@ def generate(
 
 def prompt_ids(tok: Tokenizer, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
     """The token ids that `generate` starts from, see there."""
+    if system is not None and (raw or not isinstance(prompt, str)):
+        raise ModelError("system: goes before a string that is not raw: write it into the prompt or the messages")
     if isinstance(prompt, str):
-        if raw or not tok.has_chat_template:
+        if raw:
             return tok.encode(prompt, add_special=True)
+        if not tok.has_chat_template:
+            raise TemplateError(
+                "prompt: the model has no chat template to ask a question with: use raw=True (--raw) to continue the "
+                "text as it stands"
+            )
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
         return tok.chat([*messages, {"role": "user", "content": prompt}])
     if prompt and isinstance(prompt[0], int):
@@ -219,5 +234,9 @@ def peak_memory_bytes() -> int:
     """The most memory this process has held resident, in bytes (on a CUDA device: the most that torch allocated)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage counts the parent's memory too, from before this program began
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

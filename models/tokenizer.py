@@ -50,7 +50,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     raw = parse(read_tokenizer(path), path)
     config = read_object(folder / "tokenizer_config.json")
-    special = special_strings(config, read_object(folder / "special_tokens_map.json"))
+    special = special_strings(folder, config)
     eos_ids = token_ids(folder, "eos_token_id")
     return Tokenizer(raw, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path)
 

@@ -98,9 +98,13 @@ def _problem(data: Mapping[str, Any]) -> RawTokenizer | str:
         return "it panics: " + " ".join(str(error).split())
 
 
-def special_strings(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """Such as {"eos_token": "</s>"}: from tokenizer_config.json, else special_tokens_map.json."""
+def special_strings(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Such as {"eos_token": "</s>"}: from `config`, tokenizer_config.json's content, else special_tokens_map.json.
+
+    Raises TokenizerError: a value is neither a string nor an object with content.
+    """
     found: dict[str, str] = {}
+    special_map = read_object(folder / "special_tokens_map.json")
     for name in SPECIAL_NAMES:
         for file, source in (("tokenizer_config.json", config), ("special_tokens_map.json", special_map)):
             value = source.get(name)
@@ -108,7 +112,7 @@ def special_strings(config: Mapping[str, Any], special_map: Mapping[str, Any]) -
             if text is None:
                 continue
             if not isinstance(text, str):
-                raise TokenizerError(f"{file}: {name} is {value!r}: wanted a string or an object with content")
+                raise TokenizerError(f"{folder / file}: {name} is {value!r}: wanted a string or an object with content")
             found[name] = text
             break
     return found

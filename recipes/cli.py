@@ -1,6 +1,6 @@
 """`qlorag`: one verb per job. This file dispatches; each `cli_*` module holds the verbs of one kind.
 
-    qlorag VERB --config run.yaml [flags]     flags in the file are read first, flags given by hand win
+    qlorag VERB --config run.yaml [flags]     the file's values are defaults, flags given by hand win
     --json    the result as one JSON document on standard output
     --debug   a traceback with an error
 
@@ -14,17 +14,16 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
-from .errors import RecipeError, UsageError
+from .errors import RecipeError
 
 # Before torch is imported, which reads it once: OpenMP's threads spin only briefly while they wait for each other.
 # With one other busy process on two cores, a training step takes 1.4 s so, and 6 to 20 s as installed (NOTES.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line, and each verb's part of it by name."""
     from . import cli_models, cli_rag, cli_text, cli_train, demo
 
     parser = argparse.ArgumentParser(
@@ -35,39 +34,56 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (cli_models, cli_train, cli_text, cli_rag, demo):
         module.register(verbs)
     for verb in verbs.choices.values():
+        verb.allow_abbrev = False  # a flag's beginning would mean something else once a longer flag is added
         verb.add_argument("--config", metavar="FILE", help="YAML file with the same names as the flags")
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
         verb.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    return parser
+    return parser, verbs.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--debug" in arguments:
-        return _run(arguments)
     # Known faults only: a bug shows its traceback, which is what a bug report needs.
     from ..kernels.nf4 import QuantizationError
     from ..lora import AdapterError
     from ..models import ModelError
     from ..retrieval import StoreError
 
+    debug = "--debug" in arguments
     try:
-        return _run(arguments)
+        args = _parse(arguments)
+        debug = args.debug  # the config file may say it, too
+        return _run(args)
     except (RecipeError, ModelError, AdapterError, QuantizationError, StoreError) as fault:
+        if debug:
+            raise
         return _fail(str(fault))
     except OSError as fault:  # disk full, permission denied: the operating system's words name the file
+        if debug:
+            raise
         return _fail(f"{fault.filename or 'system'}: {fault.strerror or fault}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def _run(arguments: list[str]) -> int:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, on top of the verb's `--config` file if it names one."""
+    from .config_file import apply_config
+
+    parser, verbs = build_parser()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")  # without FILE: the whole parser says so
+    path = first.parse_known_args(arguments)[0].config
+    if path is not None and arguments[0] in verbs:
+        apply_config(verbs[arguments[0]], path)
+    return parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
     from .display import Display
 
-    parser = build_parser()
-    args = parser.parse_args(_with_config(arguments))
     try:
         return int(args.run(args, Display(as_json=args.json)) or 0)
     except BrokenPipeError:  # `qlorag ... | head`: the reader has seen enough
@@ -78,50 +94,6 @@ def _run(arguments: list[str]) -> int:
 def _fail(message: str) -> int:
     print(f"qlorag: error: {message}", file=sys.stderr)
     return 1
-
-
-def _with_config(arguments: list[str]) -> list[str]:
-    """The arguments with those of `--config FILE` put before them, so that later ones win."""
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            path = arguments[i + 1]
-        elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
-        else:
-            continue
-        return [arguments[0], *_flags(path), *arguments[1:]]
-    return arguments
-
-
-def _flags(path: str) -> list[str]:
-    """A YAML mapping as flags: `batch_size: 2` and `batch-size: 2` both become --batch-size 2; `true` a bare flag."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as f:
-            values = yaml.safe_load(f)
-    except OSError as fault:
-        raise UsageError(f"{path}: cannot be read ({fault.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(fault).split())})") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: holds a {type(values).__name__}, wanted names and values, one a line")
-    flags: list[str] = []
-    for name, value in values.items():
-        flag = "--" + str(name).replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif isinstance(value, list):
-            flags += [flag, *map(_scalar, value)]
-        elif value is not None and value is not False:
-            flags.append(f"{flag}={_scalar(value)}")
-    return flags
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        raise UsageError(f"a {type(value).__name__} inside a list of the config file: wanted plain values")
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 from ..models import Encoder, generate, load_encoder
 from ..retrieval import Hit, Store, read_documents
 from .assemble import assemble
-from .cli_text import add_generation_flags, sampling_options, stream
+from .cli_text import add_generation_flags, generation_options, stream
 from .display import Display, size
 from .errors import UsageError
 from .pull import resolve_model
-from .rag import NOT_FOUND, Answer, cite, prompt_messages
+from .rag import NOT_FOUND, Answer, cite, fitting
 
 ENCODER = "minilm-l6"
 
@@ -124,14 +124,29 @@ def search(args: argparse.Namespace, display: Display) -> int:
 
 def ask(args: argparse.Namespace, display: Display) -> int:
     """`qlorag ask`."""
-    options = sampling_options(args)
+    options = generation_options(args)
     hits = _find(args, load_encoder(resolve_model(args.encoder)))
     if not hits:
         display.say(NOT_FOUND)
         display.result({"question": args.question, "answer": NOT_FOUND, "citations": [], "sources": []})
         return 0
     it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
-    run = generate(it.model, it.tok, prompt_messages(args.question, hits), max_tokens=args.max_tokens, **options)
+    context = it.model.config.max_positions
+    kept, messages = fitting(
+        args.question,
+        hits,
+        system=args.system,
+        count_tokens=lambda messages: len(it.tok.chat(messages)),
+        # The answer needs room as well, but a large --max-tokens must not cost every passage.
+        most=context - min(args.max_tokens, context // 4),
+    )
+    if len(kept) < len(hits):
+        display.say(
+            f"note: only the best {len(kept)} of {len(hits)} passages fit into the model's {context} tokens",
+            style="yellow",
+        )
+    hits = kept
+    run = generate(it.model, it.tok, messages, **options)
     stream(run, display)
     answer = cite(args.question, run.text, hits)
     show_citations(answer, display)
@@ -156,7 +171,7 @@ def show_citations(answer: Answer, display: Display) -> None:
     """The sources under an answer, those it rests on marked."""
     how = {
         "model": "cited by the model",
-        "overlap": "found by comparing words, the model cited none",
+        "overlap": "found by comparing words, none cited rightly by the model",
         "none": "the answer's words stand in none of them",
     }[answer.cited_by]
     display.say()

@@ -49,10 +49,12 @@ def add_sampling_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--stop", nargs="*", default=[], help="texts that end the answer")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those flags as `generate` takes them. Raises UsageError: a number outside its range."""
     from ..models import Sampling
 
+    if args.max_tokens < 1:
+        raise UsageError(f"--max-tokens {args.max_tokens}: wanted at least 1")
     options = {
         "temperature": args.temp,
         "top_k": args.top_k,
@@ -65,17 +67,17 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         Sampling(**options)
     except ValueError as fault:
         raise UsageError(f"--{str(fault).replace('_', '-', 1)}") from None
-    return {**options, "stop": args.stop}
+    return {**options, "stop": args.stop, "max_tokens": args.max_tokens}
 
 
 def run_generate(args: argparse.Namespace, display: Display) -> int:
     """`qlorag generate`."""
-    options = sampling_options(args)
-    if args.max_tokens < 1:
-        raise UsageError(f"--max-tokens {args.max_tokens}: wanted at least 1")
+    options = generation_options(args)
+    if args.raw and args.system is not None:
+        raise UsageError("--system with --raw: a raw prompt has no turns to put it before: leave one of them out")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
-    run = generate(it.model, it.tok, prompt, max_tokens=args.max_tokens, system=args.system, raw=args.raw, **options)
+    run = generate(it.model, it.tok, prompt, system=args.system, raw=args.raw, **options)
     stream(run, display)
     display.say("==========")
     display.say(run.stats.lines())
@@ -92,7 +94,7 @@ def stream(run: Generation, display: Display) -> None:
 
 def chat(args: argparse.Namespace, display: Display) -> int:
     """`qlorag chat`: turn by turn, until an empty line or the end of input."""
-    options = sampling_options(args)
+    options = generation_options(args)
     it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
     display.say("An empty line ends the conversation, /reset starts it anew.", style="dim")
     start: list[Mapping[str, Any]] = [{"role": "system", "content": args.system}] if args.system else []
@@ -102,7 +104,7 @@ def chat(args: argparse.Namespace, display: Display) -> int:
             messages = list(start)
             continue
         messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": _answer(it, messages, args.max_tokens, options, display)})
+        messages.append({"role": "assistant", "content": _answer(it, messages, options, display)})
     display.result({"messages": messages})
     return 0
 
@@ -113,10 +115,8 @@ def _ask(display: Display) -> str:
     return line.strip()
 
 
-def _answer(
-    it: Assembled, messages: list[Mapping[str, Any]], max_tokens: int, options: dict[str, Any], display: Display
-) -> str:
-    run = generate(it.model, it.tok, messages, max_tokens=max_tokens, **options)
+def _answer(it: Assembled, messages: list[Mapping[str, Any]], options: dict[str, Any], display: Display) -> str:
+    run = generate(it.model, it.tok, messages, **options)
     try:
         stream(run, display)
     except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Display:
@@ -24,12 +25,14 @@ class Display:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.console = self.progress_console if as_json else Console(highlight=False, soft_wrap=True, markup=True)
+        # Text is shown as it is: neither [brackets] nor :names: in a path or an answer mean anything.
+        self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        plain = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.console = self.progress_console if as_json else plain
 
     def say(self, text: object = "", *, style: str | None = None) -> None:
-        """One line or more of plain text; square brackets in it are not markup."""
-        self.console.print(text, style=style, markup=False)
+        """One line or more of plain text; nothing in it is markup."""
+        self.console.print(text, style=style)
 
     def piece(self, text: str) -> None:
         """Part of a line, shown at once: streaming."""
@@ -40,13 +43,17 @@ class Display:
     def heading(self, text: str) -> None:
         """A line that opens a section."""
         self.console.print()
-        self.console.print(text, style="bold", markup=False)
+        self.console.print(text, style="bold")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
         """A table; numbers are given as formatted strings."""
-        table = Table(*columns, title=title, title_justify="left", title_style="bold", header_style="bold")
+        # `Text`, since a table reads markup in plain strings whatever its console says.
+        heading = None if title is None else Text(title, style="bold")
+        table = Table(title=heading, title_justify="left", header_style="bold")
+        for column in columns:
+            table.add_column(Text(column))
         for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))
         self.console.print(table, soft_wrap=False)
 
     def result(self, value: dict[str, Any]) -> None:
@@ -57,7 +64,7 @@ class Display:
     def progress(self, *extra: TextColumn) -> Progress:
         """A progress bar on standard error; use as a context manager, then add_task."""
         return Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TaskProgressColumn(),
@@ -66,10 +73,6 @@ class Display:
             console=self.progress_console,
             transient=False,
         )
-
-
-def _plain(cell: object) -> str:
-    return str(cell).replace("[", r"\[")
 
 
 def size(n: float) -> str:

@@ -1,4 +1,4 @@
-"""What a folder holds, in words: a model, an adapter, a store, or training data."""
+"""What a folder holds, in words: a model, an adapter, a training run, a store, or training data."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from ..models import Checkpoint, SafetensorsFile, decoder_config, load_model, lo
 from ..models.config import FAMILIES
 from ..quant import QuantizedLinear
 from ..retrieval import Store
+from .checkpoint import FOLDER, checkpoints
 from .data import read_rows, tokenize_rows
 from .display import Display, count, size
 from .errors import UsageError
+from .metrics import read_metrics
 from .pull import resolve_model
 
 
 def inspect_folder(name: str, display: Display, *, quantize: str | None, model: str | None) -> dict[str, Any]:
-    """Describes what `name` is. Raises UsageError: it is none of the four; and the errors of their readers."""
+    """Describes what `name` is. Raises UsageError: it is none of them; and the errors of their readers."""
     path = Path(name)
-    if path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")) and not _is_run(path)):
+    if path.suffix == ".jsonl" and path.is_file():
         return _data(path, display, model)
     if (path / "adapter_config.json").exists():
         return _adapter(path, display)
     if (path / "store.sqlite3").exists():
         return _store(path, display)
+    if not (path / "config.json").exists():  # a model's folder may hold anything else besides
+        if (path / "metrics.jsonl").exists() or (path / FOLDER).is_dir():
+            return _run(path, display)
+        if path.is_dir() and any(path.glob("*.jsonl")):
+            return _data(path, display, model)
     folder = resolve_model(name)
     if (folder / "config.json").exists():
         return _model(folder, display, quantize)
@@ -42,10 +49,6 @@ def inspect_backends(display: Display) -> list[dict[str, Any]]:
     rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
     display.table(["operation", "backend", "runs here", "detail"], rows)
     return [b._asdict() for b in backends]
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "adapter_config.json").exists()
 
 
 def _model(folder: Path, display: Display, quantize: str | None) -> dict[str, Any]:
@@ -127,6 +130,29 @@ def _adapter(path: Path, display: Display) -> dict[str, Any]:
         "base": info.base_name,
         "base_fingerprint": info.base_fingerprint,
         "quantize": info.quantize,
+    }
+
+
+def _run(path: Path, display: Display) -> dict[str, Any]:
+    """A run that was interrupted or is under way: its adapter is not written yet."""
+    saved, metrics = checkpoints(path), path / "metrics.jsonl"
+    step = int(saved[-1].name.rpartition("-")[2]) if saved else None
+    losses: dict[str, tuple[int, float]] = {}  # the last of each event
+    for event in read_metrics(metrics) if metrics.exists() else []:
+        losses[event["event"]] = (event["step"], event["loss"])
+    go_on = f"the train command again, with --adapter-path {path} and " + ("--resume" if saved else "--overwrite")
+    rows = [
+        ("training run", "not finished: there is no adapter_config.json"),
+        ("newest checkpoint", "none" if step is None else f"step {step}"),
+        *((f"last {event} loss", f"{loss:.4f} at step {at}") for event, (at, loss) in losses.items()),
+        ("to go on" if saved else "to start anew", go_on),
+    ]
+    display.table(["", str(path)], rows)
+    return {
+        "kind": "run",
+        "checkpoint": None if step is None else str(saved[-1]),
+        "step": step,
+        "losses": {event: {"step": at, "loss": loss} for event, (at, loss) in losses.items()},
     }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from qlorag.models import ModelError, generate, load_model, load_tokenizer
-from qlorag.models.generate import _StopBuffer
+from qlorag.models import ModelError, TemplateError, generate, load_model, load_tokenizer
+from qlorag.models.generate import GenerationStats, _StopBuffer
 from qlorag.models.sampling import Sampler, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize
 
 INF = float("inf")
@@ -92,6 +94,36 @@ def test_a_run_reports_what_it_did(tiny) -> None:  # type: ignore[no-untyped-def
     assert run.stats.generated_tokens == len(run.ids) + (run.stats.finish_reason == "eos")
     lines = run.stats.lines().split("\n")
     assert lines[0].startswith(f"Prompt: {run.stats.prompt_tokens} tokens, ") and lines[2].startswith("Peak memory: ")
+
+
+def test_rates_by_hand() -> None:
+    """Five tokens are one from the prompt's pass and four after it."""
+    stats = GenerationStats(prompt_tokens=6, prompt_seconds=3.0, generated_tokens=5, generated_seconds=2.0)
+    assert stats.prompt_tps == 2.0 and stats.generation_tps == 2.0
+    assert GenerationStats(prompt_tokens=6, prompt_seconds=3.0, generated_tokens=1).generation_tps == 0.0
+
+
+def test_without_a_template_only_raw_text_runs(tiny, tiny_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model, _ = tiny
+    folder = Path(shutil.copytree(tiny_dir, tmp_path / "base"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(folder)
+    with pytest.raises(TemplateError, match=r"no chat template .* raw=True \(--raw\)"):
+        generate(model, tok, "hello")
+    with pytest.raises(TemplateError, match="no chat template"):
+        generate(model, tok, [{"role": "user", "content": "hello"}])
+    assert generate(model, tok, "hello", raw=True).prompt_ids == tok.encode("hello")
+
+
+def test_a_system_message_needs_a_turn_to_stand_before(tiny) -> None:  # type: ignore[no-untyped-def]
+    model, tok = tiny
+    with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    assert generate(model, tok, "q", system="s").prompt_ids == tok.chat(with_system)
+    for prompt, raw in (("q", True), ([5, 6], False), (with_system, False)):
+        with pytest.raises(ModelError, match=r"^system: "):
+            generate(model, tok, prompt, system="s", raw=raw)
 
 
 def test_greedy_equals_the_uncached_model(tiny) -> None:  # type: ignore[no-untyped-def]

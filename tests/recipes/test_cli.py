@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from qlorag.models import load_model
-from qlorag.recipes.cli import main
+from qlorag.recipes.cli import _parse, main
+from qlorag.recipes.display import Display
+from qlorag.recipes.errors import RecipeError
 
+ITERS = 200  # at this rate the loss falls to about 0.001: each answer is certain
 Capture = pytest.CaptureFixture[str]
 
 
@@ -29,8 +33,8 @@ def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"say {w}", "completion": w} for w in ("yes", "no", "maybe")]
     for name in ("train", "test"):
         (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = ["train", "--model", str(tiny_dir), "--data", str(root / "data"), "--quantize", "nf4", "--iters", "500",
-           "--batch-size", "3", "--learning-rate", "0.02", "--adapter-path", str(root / "adapter"), "--rank", "16",
+    run = ["train", "--model", str(tiny_dir), "--data", str(root / "data"), "--quantize", "nf4", "--iters", str(ITERS),
+           "--batch-size", "3", "--learning-rate", "0.005", "--adapter-path", str(root / "adapter"), "--rank", "16",
            "--lora-layers", "2", "--dtype", "float32", "--steps-per-report", "0"]  # fmt: skip
     assert main(run) == 0
     return root
@@ -61,7 +65,7 @@ def test_evaluate(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
     flags = ("evaluate", "--model", tiny_dir, "--data", trained / "data", "--dtype", "float32", "--max-tokens", 8)
     base = result(capsys, *flags)
     tuned = result(capsys, *flags, "--adapter-path", trained / "adapter")
-    assert tuned["loss"] < 0.2 < 1 < base["loss"]
+    assert tuned["loss"] < 0.01 < 1 < base["loss"]
     assert tuned["perplexity"] == pytest.approx(2.718281828 ** tuned["loss"], rel=1e-6)
     assert base["exact_match"] == 0 and tuned["exact_match"] == 1
     assert [a["got"] for a in tuned["answers"]] == ["yes", "no", "maybe"]
@@ -76,7 +80,7 @@ def test_generate_prints_text_and_numbers(trained: Path, tiny_dir: Path, capsys:
     assert out.startswith("maybe\n==========\nPrompt: ")
     assert "Generation: " in out and "tokens-per-sec" in out and "Peak memory: " in out
     assert result(capsys, *flags)["text"] == "maybe"
-    sampled = [result(capsys, *flags, "--temp", 2, "--seed", s)["text"] for s in (1, 1, 2)]
+    sampled = [result(capsys, *flags, "--temp", 5, "--seed", s)["text"] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -155,13 +159,85 @@ def test_config_file_and_flags_over_it(trained: Path, tiny_dir: Path, capsys: Ca
     )
     assert result(capsys, "generate", "--config", config)["text"] == "no"
     assert result(capsys, "generate", "--config", config, "--prompt", "say yes")["text"] == "yes"
-    config.write_text("model: [a, {b: c}]\n")
-    assert "wanted plain values" in said(capsys, 1, "generate", "--config", config)[1]
     config.write_text("- a\n")
     assert "holds a list" in said(capsys, 1, "generate", "--config", config)[1]
     config.write_text("a: b: c\n")
     assert "not YAML" in said(capsys, 1, "generate", "--config", config)[1]
     assert "cannot be read" in said(capsys, 1, "generate", "--config", tmp_path / "none.yaml")[1]
+
+
+def parsed(tmp_path: Path, text: str, *argv: str) -> Namespace:
+    (tmp_path / "run.yaml").write_text(text)
+    return _parse([*argv, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_config_values_are_those_of_the_flags(tmp_path: Path) -> None:
+    ask = parsed(tmp_path, "store: s\nstop: [a, b]\n", "ask", "What?")  # a list swallows no positional argument
+    assert (ask.question, ask.store, ask.stop) == ("What?", "s", ["a", "b"])
+    assert parsed(tmp_path, "store: s\nquestion: What?\n", "ask").question == "What?"
+    train = parsed(
+        tmp_path, "model: m\ndata: 2024\nlearning_rate: 1e-4\nr: 4\nrslora: true\nresume: false\nseed:\n"
+        "targets: q_proj\nbatch-size: 7\n", "train", "--batch-size", "3",
+    )  # fmt: skip
+    assert (train.data, train.learning_rate, train.rank, train.seed) == ("2024", 1e-4, 4, 0)
+    assert (train.rslora, train.resume, train.targets, train.batch_size) == (True, False, ["q_proj"], 3)
+    # a value that looks like the flag is a value
+    assert _parse(["generate", "--model=m", "--prompt=--config", "--stop"]).config is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("modle: m\n", "modle: no such flag of this verb: did you mean model?"),
+        ("optimizer_q: m\n", "optimizer_q: no such flag of this verb: known are model, quantize, dtype, prompt"),
+        ("config: other\n", "config: no such flag"),
+        ("model: {a: b}\n", "model: got a mapping, wanted a plain value"),
+        ("model: [a]\n", "model: got a list, wanted a plain value"),
+        ("stop: [a, {b: c}]\n", "stop: got a mapping, wanted a plain value"),
+        ("stop: [no]\n", "stop: got false, wanted a value: put a word"),
+        ("top_k: many\n", "top_k: got 'many', wanted int"),
+        ("quantize: int4\n", "quantize: got 'int4', wanted nf4, fp4, none"),
+        ("raw: 1\n", "raw: got 1, wanted true or false"),
+        ("top_k: 1\ntop-k: 2\n", "top-k: says again what top_k says"),
+        ("- a\n", "holds a list"),
+    ],
+)
+def test_config_errors_name_file_and_key(text: str, wanted: str, tmp_path: Path, capsys: Capture) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    _, err = said(capsys, 1, "generate", "--config", config)
+    assert err.startswith(f"qlorag: error: {config}: ") and wanted in err and err.count("\n") == 1
+
+
+def test_debug_in_the_file_lets_the_error_through(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("debug: true\nmodel: nowhere\nprompt: x\n")
+    with pytest.raises(RecipeError, match="nowhere"):
+        main(["generate", "--config", str(tmp_path / "run.yaml")])
+
+
+def test_table_shows_what_it_is_given(capsys: Capture) -> None:
+    cells = ("a \\[/b] c", "[bold]x", ":bee: [/]", "/tmp/[/x]")
+    Display().table(["/tmp/[/x]", "[b]h", ":bee:", ""], [cells], title="[/t] :bee:")
+    out = capsys.readouterr().out
+    assert all(text in out for text in (*cells, "[b]h", "[/t] :bee:"))
+    Display().say("[/x] :bee:")
+    assert capsys.readouterr().out == "[/x] :bee:\n"
+
+
+def test_inspect_an_interrupted_run(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    run = tmp_path / "run[/x]"
+    shutil.copytree(trained / "adapter", run)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "loss.png"):
+        (run / name).unlink()
+    value = result(capsys, "inspect", run)
+    assert value["kind"] == "run" and value["step"] == ITERS and value["losses"]["train"]["step"] == ITERS
+    out, _ = said(capsys, 0, "inspect", run)
+    assert f"step {ITERS}" in out and "last train loss" in out and f"--adapter-path {run} and --resume" in out
+    shutil.rmtree(run / "checkpoints")
+    assert "--overwrite" in said(capsys, 0, "inspect", run)[0]
+    model = copy_of(tiny_dir, tmp_path)
+    (model / "notes.jsonl").write_text("{}\n")
+    assert result(capsys, "inspect", model)["kind"] == "model"
 
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
@@ -175,6 +251,9 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["generate", "--model", "TINY", "--prompt", ""], ""),
         (["generate", "--model", "TINY", "--prompt", "x", "--top-p", "2"], "--top-p=2.0, wanted in (0, 1]"),
         (["generate", "--model", "TINY", "--prompt", "x", "--max-tokens", "0"], "--max-tokens 0"),
+        (["chat", "--model", "TINY", "--max-tokens", "0"], "--max-tokens 0"),
+        (["ask", "--store", "EMPTY", "What?", "--max-tokens", "-1"], "--max-tokens -1"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--raw", "--system", "s"], "--system with --raw"),
         (["generate", "--model", "TINY", "--prompt", "x", "--dtype", "int4"], "--dtype int4: wanted auto"),
         (["generate", "--model", "TINY", "--prompt", "x", "--adapter-path", "nowhere"], "nowhere: no such folder"),
         (["train", "--model", "TINY", "--data", "nowhere"], "train.jsonl"),
@@ -217,7 +296,7 @@ def test_wrong_base_is_refused_with_both_fingerprints(
 
 
 def test_an_unknown_verb_or_flag_exits_with_2(capsys: Capture) -> None:
-    for argv in (["fly"], ["generate"], ["train", "--no-such"]):
+    for argv in (["fly"], ["generate"], ["train", "--no-such"], ["inspect", "--conf", "f"], ["inspect", "--config"]):
         with pytest.raises(SystemExit) as end:
             main(argv)
         assert end.value.code == 2
@@ -245,6 +324,9 @@ def test_index_search_ask(minilm_dir: Path, smollm2_dir: Path, capsys: Capture, 
     answer = result(capsys, *ask, "What do worker bees make?", "--k", 1)
     assert "honey" in answer["answer"] and answer["citations"] == [1]
     assert answer["sources"][0]["uri"].endswith("bees.txt")
+    many, note = said(capsys, 0, *ask, "What do worker bees make?", "--k", 2, "--score-threshold", -1,
+                      "--system", "Be brief.")  # fmt: skip
+    assert "[2]" in many and "passages fit" not in note
     nothing = result(capsys, *ask, "zxqv 7719 blorp", "--score-threshold", 0.6)
     assert nothing["answer"] == "I could not find this in the documents." and nothing["sources"] == []
     assert result(capsys, "inspect", store)["kind"] == "store"

@@ -1,0 +1,71 @@
+"""Citations by hand, and prompts that fit: no model is needed for either."""
+
+from __future__ import annotations
+
+import pytest
+from qlorag.recipes.errors import UsageError
+from qlorag.recipes.rag import EXAMPLES, SYSTEM, cite, fitting, prompt_messages
+from qlorag.retrieval import Hit
+
+BEES = "A hive has one queen. Worker bees gather nectar and make honey from it."
+TIDES = "The moon pulls the sea, so the water rises and falls twice a day."
+
+
+def hit(text: str) -> Hit:
+    return Hit(text=text, score=0.5, uri="a.txt", start=0, end=len(text), sha256="", metadata={}, chunk_id=0)
+
+
+HITS = [hit(BEES), hit(TIDES)]
+
+
+@pytest.mark.parametrize(
+    ("text", "citations", "cited_by", "shown"),
+    [
+        ("Worker bees make honey. [1]", [1], "model", "Worker bees make honey. [1]"),
+        ("Bees make honey [1]. The moon pulls the sea [2].", [1, 2], "model", None),
+        ("According to [1], worker bees make honey.", [1], "model", None),
+        # a paraphrase: of twice, daily, water, climbs, drops two stand in the source
+        ("Twice daily the water climbs and drops [2]", [2], "model", None),
+        # the number is wrong: the words lead to the right source
+        ("Worker bees make honey. [2]", [1], "overlap", "Worker bees make honey. [1]"),
+        ("Worker bees make honey.", [1], "overlap", "Worker bees make honey. [1]"),
+        # one number right, one out of range, one wrong
+        ("Bees make honey from nectar [1]. Paris has museums [2] [9].", [1], "model",
+         "Bees make honey from nectar [1]. Paris has museums."),
+        # the digit of the citation is no word of the answer
+        ("Paris. [1]", [], "none", "Paris."),
+        ("", [], "none", ""),
+    ],
+)  # fmt: skip
+def test_citations_by_hand(text: str, citations: list[int], cited_by: str, shown: str | None) -> None:
+    answer = cite("?", text, HITS)
+    assert (answer.citations, answer.cited_by) == (citations, cited_by)
+    assert answer.cited_text() == (text if shown is None else shown) and answer.text == text
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_echoed_example_is_not_a_citation(example: tuple[str, str, str]) -> None:
+    answer = cite("?", example[2], HITS)
+    assert answer.text.endswith("[1]") and answer.citations == [] and answer.cited_by == "none"
+    assert cite("?", example[2], [hit(example[0])]).citations == [1]  # where it is true it counts
+
+
+def test_a_system_message_replaces_the_instruction() -> None:
+    usual, own = prompt_messages("?", HITS), prompt_messages("?", HITS, system="Be brief.")
+    assert usual[0] == {"role": "system", "content": SYSTEM} and own[0] == {"role": "system", "content": "Be brief."}
+    assert usual[1:] == own[1:] and BEES in own[-1]["content"]
+
+
+def test_the_worst_passages_are_left_out_until_the_prompt_fits() -> None:
+    hits = [hit(c * 100) for c in "pqxz"]
+
+    def length(messages: list[dict[str, str]]) -> int:
+        return sum(len(m["content"]) for m in messages)
+
+    two = length(prompt_messages("?", hits[:2]))
+    kept, messages = fitting("?", hits, count_tokens=length, most=two)
+    assert kept == hits[:2] and messages == prompt_messages("?", hits[:2])
+    assert fitting("?", hits, count_tokens=length, most=two - 1)[0] == hits[:1]
+    assert fitting("?", hits, count_tokens=length, most=10**6)[0] == hits
+    with pytest.raises(UsageError, match=r"has \d+ tokens, and the model reads 10 beside its answer: shorten"):
+        fitting("?", hits, count_tokens=length, most=10)

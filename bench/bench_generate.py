@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="decoder folder (default: the pulled smollm2-135m-instruct)")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="generated (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=child.default_threads(), help="(default: %(default)s)")
     parser.add_argument("--bases", nargs="+", choices=[*COMPETITORS], default=[*COMPETITORS])
     parser.add_argument("--json", type=Path, help="write the results there")

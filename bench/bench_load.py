@@ -97,7 +97,7 @@ def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="decoder folder (default: the pulled smollm2-135m-instruct)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=child.default_threads(), help="(default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=[*JOBS], default=[*JOBS], help="some of the rows")
     parser.add_argument("--json", type=Path, help="write the results there")

@@ -31,7 +31,7 @@ CHUNKS_PER_DOCUMENT = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=50_000, help="vectors, in whole hundreds (default %(default)s)")
+    parser.add_argument("--n", type=int, default=20_000, help="vectors, in whole hundreds (default %(default)s)")
     parser.add_argument("--dim", type=int, default=384, help="their dimension (default %(default)s)")
     parser.add_argument("--queries", type=int, default=200, help="(default %(default)s)")
     parser.add_argument("--k", type=int, default=10, help="results per query (default %(default)s)")

@@ -280,9 +280,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="decoder folder (default: the pulled smollm2-135m-instruct)")
     parser.add_argument(
-        "--steps", type=int, default=20, help=f"per round, {WARM_UP} of them warm-up (default: %(default)s)"
+        "--steps", type=int, default=14, help=f"per round, {WARM_UP} of them warm-up (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=child.default_threads(), help="(default: %(default)s)")
     parser.add_argument("--bases", nargs="+", choices=["nf4", "dense"], default=["nf4", "dense"])
     parser.add_argument("--json", type=Path, help="write the results there")

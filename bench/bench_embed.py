@@ -153,7 +153,7 @@ def measure(folder: Path, texts: list[str], repeats: int, threads: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="encoder folder (default: the pulled minilm-l6)")
-    parser.add_argument("--texts", type=int, default=256, help="how many (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=96, help="how many (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results there")

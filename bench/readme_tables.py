@@ -57,7 +57,8 @@ def measured(results: dict[str, Any]) -> str:
         f"{peaks['bfloat16_gflop_per_s']:.0f} in bfloat16, measured in the same run; "
         f"{results['date'][:10]}, commit {results['commit']}; {versions}. GPU speed: not measured."
     )
-    return "\n".join(rows) + "\n\n" + where
+    notes = "".join(f" Note: {x['note']}." for x in results["results"].values() if "note" in x)
+    return "\n".join(rows) + "\n\n" + where + notes
 
 
 def _row(h: Headline) -> str:

@@ -212,7 +212,7 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # ctrl-C too: no half-written file stays
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # Windows has no handle for a folder

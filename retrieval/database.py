@@ -107,7 +107,7 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA trusted_schema = OFF")
             meta = _check_contents(path, connection)
-        except BaseException:
+        except BaseException:  # ctrl-C too: the file must not stay open
             connection.close()
             raise
     return connection, meta, immutable

@@ -140,13 +140,13 @@ class Store:
                 hnsw=hnsw or HnswConfig(),
                 dim=dim,
             )
-        except BaseException:
+        except BaseException:  # ctrl-C too: the lock must not stay held
             if lock is not None:
                 lock.release()
             raise
         try:
             store._check_settings(embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
-        except BaseException:
+        except BaseException:  # ctrl-C too: the lock must not stay held
             store.close()
             raise
         return store

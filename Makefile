@@ -12,6 +12,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run_all --json bench/results.json

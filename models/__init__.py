@@ -8,7 +8,7 @@ from .errors import ConfigError, ModelError, TemplateError, TokenizerError, Weig
 from .generate import Generation, GenerationStats, generate
 from .load import load_model
 from .sampling import Sampling
-from .save import save_model
+from .save import save_model, save_quantized
 from .tokenizer import Tokenizer, load_tokenizer
 from .weights import Checkpoint, SafetensorsFile
 
@@ -35,4 +35,5 @@ __all__ = [
     "load_tokenizer",
     "read_config",
     "save_model",
+    "save_quantized",
 ]

@@ -92,11 +92,7 @@ def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Decod
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ConfigError(f"{source}: hidden_act={act!r:.60} is not implemented, only silu")
-    if raw.get("quantization_config") is not None:
-        method = " ".join(str(get.mapping("quantization_config").get("quant_method")).split())
-        raise ConfigError(
-            f"{source}: the weights are already quantized ({method:.60}): give the unquantized model and quantize here"
-        )
+    stored_in_4_bits(raw, source=source)  # which is fine, and any other quantization is refused
 
     heads, hidden, layers = get.size("num_attention_heads"), get.size("hidden_size"), get.size("num_hidden_layers")
     kv_default = {"llama": heads, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
@@ -136,6 +132,25 @@ def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Decod
         mlp_bias=family == "llama" and get.flag("mlp_bias", False),
         qk_norm=family == "qwen3",
         tied_head=get.flag("tie_word_embeddings", False),
+    )
+
+
+def stored_in_4_bits(raw: dict[str, Any], *, source: str = "config.json") -> bool:
+    """Whether the weights are in bitsandbytes' 4-bit form; if not, they are dense.
+
+    Raises ConfigError: they are quantized in another way.
+    """
+    if raw.get("quantization_config") is None:
+        return False
+    section = _Getter(raw, source).mapping("quantization_config")
+    method = section.get("quant_method", "bitsandbytes" if "load_in_4bit" in section else None)  # old files lack it
+    four, eight = (any(section.get(p + key) is True for p in ("", "_")) for key in ("load_in_4bit", "load_in_8bit"))
+    if method == "bitsandbytes" and four and not eight:
+        return True
+    what = " ".join(str(method).split())[:60] + (" in 8 bits" if eight else "")
+    raise ConfigError(
+        f"{source}: the weights are already quantized ({what}), and only bitsandbytes' 4 bits are read here: "
+        "give the unquantized model and quantize here"
     )
 
 

@@ -2,7 +2,8 @@
 
 The model is first built on torch's `meta` device, where parameters have shapes and no storage. Names and shapes are
 compared with the checkpoint before a byte of weights is read. Then each tensor is read, cast, quantized if asked for,
-and put into its place; nothing is initialized first and overwritten later.
+and put into its place; nothing is initialized first and overwritten later. Weights that are stored in 4 bits
+(bnb_folder.py) are put there as they are.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..quant import QuantizedLinear
+from ..quant import QuantizedLinear, QuantizedTensor
 from ..quant import quantize as quantize_tensor
-from .config import decoder_config, read_config
+from .bnb_folder import PackedWeight, check_packed_names, packed_weights, read_packed
+from .config import decoder_config, read_config, stored_in_4_bits
 from .decoder import Decoder
 from .errors import ConfigError, WeightsError
 from .weights import Checkpoint
@@ -36,47 +38,66 @@ def load_model(
 ) -> Decoder:
     """The decoder in a Hugging Face folder, frozen (no parameter requires a gradient) and in eval mode.
 
-    folder:       holds config.json and safetensors.
+    folder:       holds config.json and safetensors, whose weights are dense or in bitsandbytes' 4 bits.
     quantize:     "nf4" or "fp4" stores every projection inside the layers in 4 bits (embedding, norms and head keep
-                  dtype); None keeps all dense.
-    block_size, double_quant: of the quantization, see `qlorag.quant.quantize`.
+                  dtype); None takes the folder as it is. A folder that is in 4 bits already asks for nothing: naming
+                  its own kind changes nothing, not even its block size, and naming the other one is an error.
+    block_size, double_quant: of the quantization done here, see `qlorag.quant.quantize`.
     dtype:        of dense weights and of the arithmetic.
     check_finite: refuse NaN and infinite weights by name; costs one pass over each tensor.
     Raises ConfigError, WeightsError: see the messages; nothing is half-loaded.
     """
     if quantize not in (None, *QUANTIZE_KINDS):
         raise ConfigError(f"quantize={quantize!r}, wanted {', '.join(QUANTIZE_KINDS)} or None")
-    checkpoint = Checkpoint(folder)
-    config = decoder_config(read_config(folder), source=f"{os.fspath(folder)}/config.json")
+    checkpoint, raw, source = Checkpoint(folder), read_config(folder), f"{os.fspath(folder)}/config.json"
+    config = decoder_config(raw, source=source)
     _check_layers(config.num_layers, checkpoint)
     with torch.device("meta"):
         model = Decoder(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    head = _tie(model, checkpoint)
-    _check_names(parameters, checkpoint, optional=() if head else ("lm_head.weight",))
-    _check_shapes(parameters, checkpoint)
     linears = {f"{n}.weight" for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)}
+    packed: dict[str, PackedWeight] = {}
+    if stored_in_4_bits(raw, source=source):
+        packed = packed_weights(checkpoint)
+        check_packed_names(packed, checkpoint, dense=parameters.keys() - linears)
+        _check_kind(quantize, packed, source)
+        quantize = None  # done already
+    head = _tie(model, checkpoint)
+    _check_names(parameters, checkpoint, packed, optional=() if head else ("lm_head.weight",))
+    _check_shapes(parameters, checkpoint, packed)
     # One buffer for all tensors that are packed and then dropped: malloc would leave holes of their sizes behind.
     sizes = [checkpoint.nbytes(name) for name in linears] if quantize else []
     scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name in parameters:
         if name == "lm_head.weight" and not head:
             continue
+        if name in packed:
+            _put_quantized(model, name, read_packed(checkpoint, name, packed[name], check_finite=check_finite))
+            continue
         packs = quantize is not None and name in linears
         tensor = _read(checkpoint, name, scratch=scratch if packs else None, check_finite=check_finite)
         if packs:
             # From the stored values, not from a copy rounded to the compute dtype.
-            path = name.removesuffix(".weight")
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)  # `linears` names no others
             q = quantize_tensor(tensor, kind=str(quantize), block_size=block_size, double_quant=double_quant)
-            _put_module(model, path, QuantizedLinear.from_quantized(q, bias=linear.bias))
+            _put_quantized(model, name, q)
         else:
             _put_parameter(model, name, tensor.to(dtype))
     if not head:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.fingerprint = checkpoint.fingerprint()
     return model.eval()
+
+
+def _check_kind(wanted: str | None, packed: Mapping[str, PackedWeight], source: str) -> None:
+    """Refuses to change one 4-bit code into the other: what the first rounded away would be rounded again."""
+    if wanted is None:
+        return
+    others = sorted(name for name, weight in packed.items() if weight.state.kind != wanted)
+    if others:
+        raise ConfigError(
+            f"{source}: quantize={wanted!r}, but {others[0]} is stored as {packed[others[0]].state.kind}: "
+            "leave quantize out, or give the unquantized model"
+        )
 
 
 def _tie(model: Decoder, checkpoint: Checkpoint) -> bool:
@@ -107,8 +128,15 @@ def _check_layers(wanted: int, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_names(parameters: Iterable[str], checkpoint: Checkpoint, *, optional: tuple[str, ...]) -> None:
-    wanted, got = set(parameters), set(checkpoint.names())
+def _check_names(
+    parameters: Iterable[str],
+    checkpoint: Checkpoint,
+    packed: Mapping[str, PackedWeight],
+    *,
+    optional: tuple[str, ...],
+) -> None:
+    wanted = set(parameters)
+    got = set(checkpoint.names()).difference(*(weight.parts[1:] for weight in packed.values()))
     missing = sorted(wanted - got - set(optional))
     # Old exports carry RoPE's constants; they follow from config.json and are computed here.
     unexpected = sorted(n for n in got - wanted if not n.endswith("rotary_emb.inv_freq"))
@@ -119,11 +147,16 @@ def _check_names(parameters: Iterable[str], checkpoint: Checkpoint, *, optional:
         )
 
 
-def _check_shapes(parameters: dict[str, nn.Parameter], checkpoint: Checkpoint) -> None:
+def _check_shapes(
+    parameters: dict[str, nn.Parameter], checkpoint: Checkpoint, packed: Mapping[str, PackedWeight]
+) -> None:
     for name, parameter in parameters.items():
-        if name in checkpoint and checkpoint.shape(name) != tuple(parameter.shape):
+        if name not in checkpoint:
+            continue
+        got = packed[name].state.shape if name in packed else checkpoint.shape(name)
+        if got != tuple(parameter.shape):
             raise WeightsError(
-                f"{checkpoint.file(name)}: {name} has shape {list(checkpoint.shape(name))}, config.json makes it "
+                f"{checkpoint.file(name)}: {name} has shape {list(got)}, config.json makes it "
                 f"{list(parameter.shape)}: one of the two files is from another model"
             )
 
@@ -156,6 +189,9 @@ def _put_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _put_quantized(model: nn.Module, name: str, q: QuantizedTensor) -> None:
+    """Puts a QuantizedLinear where the nn.Linear of the weight `name` is; its bias follows as a parameter."""
+    path = name.removesuffix(".weight")
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)  # only projections get here
+    model.set_submodule(path, QuantizedLinear.from_quantized(q, bias=linear.bias))

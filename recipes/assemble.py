@@ -9,6 +9,7 @@ import torch
 
 from ..lora import adapter_info, load_adapter
 from ..models import Decoder, Tokenizer, load_model, load_tokenizer
+from ..quant import QuantizedLinear
 from .errors import UsageError
 from .pull import resolve_model
 
@@ -31,7 +32,7 @@ def assemble(
     """Loads a decoder and its tokenizer, and attaches the adapter if one is given.
 
     name:     a model folder or a name that `pull` knows.
-    quantize: "nf4", "fp4", "none", or None for: as the adapter's base was in training, else not at all.
+    quantize: "nf4", "fp4", "none" (as the folder stores it), or None for: as the adapter's base was in training.
     dtype:    "auto", or a key of DTYPES.
     Raises the errors of the rooms: ModelError, AdapterError, RecipeError.
     """
@@ -43,12 +44,13 @@ def assemble(
         options = {k: v for k, v in info.quantize.items() if k != "kind"}
     kind = None if quantize in (None, "none") else quantize
     model = load_model(folder, quantize=kind, dtype=pick_dtype(dtype), **options)  # type: ignore[arg-type]
+    held = sorted({m.kind for m in model.modules() if isinstance(m, QuantizedLinear)})  # asked for, or stored so
     tok = load_tokenizer(folder)
     tok.check_vocab(model.config.vocab_size)
     if adapter_path:
         load_adapter(model, adapter_path, base_fingerprint=model.fingerprint)
     model.eval()
-    return Assembled(model, tok, folder, kind)
+    return Assembled(model, tok, folder, "+".join(held) or None)
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -7,23 +7,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..kernels import nf4
 from ..lora import adapter_info
-from ..models import Checkpoint, SafetensorsFile, decoder_config, load_model, load_tokenizer, read_config
-from ..models.config import FAMILIES
-from ..quant import QuantizedLinear
+from ..models import SafetensorsFile, load_tokenizer
 from ..retrieval import Store
 from .checkpoint import FOLDER, checkpoints
 from .data import read_rows, tokenize_rows
-from .display import Display, count, size
+from .display import Display, count
 from .errors import UsageError
+from .inspect_model import inspect_model
 from .metrics import read_metrics
 from .pull import resolve_model
 
 
-def inspect_folder(name: str, display: Display, *, quantize: str | None, model: str | None) -> dict[str, Any]:
+def inspect_folder(
+    name: str, display: Display, *, quantize: str | None, model: str | None, tensors: bool = False
+) -> dict[str, Any]:
     """Describes what `name` is. Raises UsageError: it is none of them; and the errors of their readers."""
     path = Path(name)
     if path.suffix == ".jsonl" and path.is_file():
@@ -39,7 +38,7 @@ def inspect_folder(name: str, display: Display, *, quantize: str | None, model: 
             return _data(path, display, model)
     folder = resolve_model(name)
     if (folder / "config.json").exists():
-        return _model(folder, display, quantize)
+        return inspect_model(folder, display, quantize=quantize, tensors=tensors)
     raise UsageError(f"{name}: holds no config.json, adapter_config.json, store.sqlite3 or .jsonl file")
 
 
@@ -49,61 +48,6 @@ def inspect_backends(display: Display) -> list[dict[str, Any]]:
     rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
     display.table(["operation", "backend", "runs here", "detail"], rows)
     return [b._asdict() for b in backends]
-
-
-def _model(folder: Path, display: Display, quantize: str | None) -> dict[str, Any]:
-    raw, checkpoint = read_config(folder), Checkpoint(folder)
-    entries = [checkpoint.entry(n) for n in checkpoint.names()]
-    parameters = sum(math.prod(e.shape) for e in entries)
-    dtypes = Counter({d: sum(math.prod(e.shape) for e in entries if e.dtype == d) for d in {e.dtype for e in entries}})
-    result: dict[str, Any] = {
-        "kind": "model",
-        "model_type": raw.get("model_type"),
-        "parameters": parameters,
-        "bytes": sum(e.end - e.begin for e in entries),
-        "dtypes": dict(dtypes),
-        "fingerprint": checkpoint.fingerprint(),
-    }
-    rows = [
-        ("type", str(raw.get("model_type"))),
-        ("parameters", f"{count(parameters)} in {len(entries)} tensors"),
-        ("stored as", ", ".join(f"{d} ({100 * n / parameters:.1f} %)" for d, n in dtypes.most_common())),
-        ("weights", size(result["bytes"])),
-        ("fingerprint", result["fingerprint"][:16]),
-    ]
-    if raw.get("model_type") in FAMILIES:
-        c = decoder_config(raw, source=str(folder / "config.json"))
-        rows[1:1] = [
-            (
-                "shape",
-                f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads over {c.num_kv_heads} KV heads",
-            ),
-            ("vocabulary", f"{c.vocab_size}, head {'tied to the embedding' if c.tied_head else 'of its own'}"),
-            ("context", f"{c.max_positions} tokens, RoPE {c.rope.kind} with theta {c.rope.theta:g}"),
-        ]
-        if quantize:
-            packed = _quantized(folder, quantize)
-            result |= packed
-            rows += [
-                (f"as {quantize}", f"{count(packed['quantized_parameters'])} parameters in 4 bits, "
-                                   f"{packed['bits_per_weight']:.3f} bits each with all their state"),
-                ("in memory", f"{size(packed['quantized_bytes'])} packed and {size(packed['dense_bytes'])} dense"),
-            ]  # fmt: skip
-    display.table(["", str(folder)], rows)
-    return result
-
-
-def _quantized(folder: Path, kind: str) -> dict[str, Any]:
-    model = load_model(folder, quantize=kind, dtype=torch.bfloat16)
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    parameters = sum(m.in_features * m.out_features for m in layers)
-    packed = sum(m.quantized.nbytes for m in layers)
-    return {
-        "quantized_parameters": parameters,
-        "quantized_bytes": packed,
-        "bits_per_weight": 8 * packed / parameters,
-        "dense_bytes": sum(p.nbytes for p in model.parameters()),
-    }
 
 
 def _adapter(path: Path, display: Display) -> dict[str, Any]:

@@ -13,6 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line sets it, 
 
 import pytest
 
+# Whether a Triton kernel is compiled or interpreted is decided at import, so each kind has a process of its own:
+# `make test` starts both.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:

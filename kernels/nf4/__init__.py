@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from .backends import BackendStatus, available_backends
 from .checks import BLOCK_SIZES
 from .codebook import DYNAMIC, FP4, NF4, Kind, check_kind
 from .cpu import Matmul
 from .errors import QuantizationError
-from .ops import (
-    FUSED_ROWS,
-    BackendStatus,
-    available_backends,
-    dequantize,
-    matmul,
-    prepare_matmul,
-    quantize,
-    quantize_absmax,
-)
+from .ops import dequantize, quantize, quantize_absmax
+from .products import FUSED_ROWS, matmul, matmul_backward, prepare_matmul
 from .reference import Nested
 
 __all__ = [
@@ -33,6 +26,7 @@ __all__ = [
     "check_kind",
     "dequantize",
     "matmul",
+    "matmul_backward",
     "prepare_matmul",
     "quantize",
     "quantize_absmax",

@@ -35,19 +35,19 @@ def check_absmax(absmax: Tensor) -> None:
         raise QuantizationError(f"absmax is not contiguous (strides {absmax.stride()}): pass absmax.contiguous()")
 
 
-def check_x(x: Tensor, shape: Sequence[int], device: torch.device) -> None:
+def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str = "x") -> None:
     """Raise QuantizationError unless `x` can be multiplied by a weight of `shape`."""
     if len(shape) != 2:
         raise QuantizationError(f"shape={list(shape)}: the weight of a product has shape [N, K]")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise QuantizationError(f"x has shape {list(x.shape)}: wanted [..., {shape[1]}]")
+        raise QuantizationError(f"{name} has shape {list(x.shape)}: wanted [..., {shape[1]}]")
     if x.dtype not in (*FLOATS, torch.float64):
-        raise QuantizationError(f"x is {x.dtype}: wanted float32, float16, bfloat16 or float64")
+        raise QuantizationError(f"{name} is {x.dtype}: wanted float32, float16, bfloat16 or float64")
     if x.device != device:
-        raise QuantizationError(f"x is on {x.device}, packed on {device}: move them together")
+        raise QuantizationError(f"{name} is on {x.device}, packed on {device}: move them together")
     if x.requires_grad and torch.is_grad_enabled():
         raise QuantizationError(
-            "x requires a gradient, and matmul has none: use quant.QuantizedLinear, or torch.no_grad()"
+            f"{name} requires a gradient, and this product has none: use quant.QuantizedLinear, or torch.no_grad()"
         )
 
 

@@ -9,7 +9,8 @@ weight should stay zero, so there are 8 positive quantiles, the zero, and 7 nega
 FP4: a sign, two exponent bits and one mantissa bit, divided by the largest (12). No code theory, a baseline.
 
 DYNAMIC (8-bit optimizers, arXiv:2110.02861): quantizes the absmax values themselves in double quantization.
-A sign, a run of zeros as the exponent, a linear fraction in the bits that are left.
+A sign, a run of zeros as the exponent, a linear fraction in the bits that are left. DYNAMIC_UNSIGNED spends the
+sign's bit on the fraction: for numbers that cannot be negative, such as an optimizer's mean of squares.
 
 Every float32 here is equal, bit for bit, to the one bitsandbytes uses, so files are interchangeable. The
 reference for those bits is `torch.linspace` in float32, whose last bit depends on whether the processor has a
@@ -64,19 +65,20 @@ def _make_fp4() -> tuple[float, ...]:
     return tuple(_f32(v / 12) for v in magnitudes) + tuple(_f32((0.0 - v) / 12) for v in magnitudes)
 
 
-def _make_dynamic() -> tuple[float, ...]:
+def _make_dynamic(*, signed: bool) -> tuple[float, ...]:
     values = [0.0, 1.0]
-    for i in range(7):  # 2**i steps between 0.1 and 1, scaled to the decade 10**(i - 6)
-        points = _linspace(0.1, 1.0, 2**i + 1)
+    for i in range(7):  # 2**i steps between 0.1 and 1, twice as many without a sign, scaled to the decade 10**(i - 6)
+        points = _linspace(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)
         for low, high in pairwise(points):
             middle = _f32(_f32(_f32(low + high) / 2) * _f32(10.0 ** (i - 6)))
-            values += [middle, -middle]
+            values += [middle, -middle] if signed else [middle]
     return tuple(sorted(values))
 
 
 NF4 = _make_nf4()
 FP4 = _make_fp4()
-DYNAMIC = _make_dynamic()
+DYNAMIC = _make_dynamic(signed=True)
+DYNAMIC_UNSIGNED = _make_dynamic(signed=False)
 TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 

@@ -21,9 +21,9 @@ from qlorag.kernels.nf4 import (
     QuantizationError,
     codebook,
     cpu,
-    ops,
     reference,
 )
+from qlorag.kernels.nf4.backends import choose_backend
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -353,9 +353,9 @@ def test_the_thread_count_does_not_change_a_bit(level):
 
 
 def test_dispatch_takes_c_on_the_cpu_and_the_reference_elsewhere():
-    assert ops.choose_backend(CPU, torch.float32, None) == "c"
-    assert ops.choose_backend(CPU, torch.float64, None) == "reference"
-    assert ops.choose_backend(torch.device("meta"), torch.float32, None) == "reference"
+    assert choose_backend(CPU, torch.float32, None) == "c"
+    assert choose_backend(CPU, torch.float64, None) == "reference"
+    assert choose_backend(torch.device("meta"), torch.float32, None) == "reference"
     statuses = {(s.operation, s.backend): s for s in nf4.available_backends()}
     c = statuses["nf4.dequantize", "c"]
     assert c.available and LEVELS[cpu.best_level()] in c.detail and "thread" in c.detail
@@ -450,7 +450,7 @@ def test_dequantize_refuses(changed, message, backend):
 
 
 def test_a_named_backend_that_cannot_run_says_why():
-    with pytest.raises(QuantizationError, match="backend='cuda' does not exist: there are c, reference"):
+    with pytest.raises(QuantizationError, match="backend='cuda' does not exist: there are triton, c, reference"):
         nf4.dequantize(**GOOD, backend="cuda")
     with pytest.raises(QuantizationError, match=r"backend='c' cannot run: dtype=torch.float64"):
         nf4.dequantize(**{**GOOD, "dtype": torch.float64}, backend="c")

@@ -145,7 +145,7 @@ ONE = torch.ones(1)
         (torch.zeros(()), {}, r"x has shape \[\]"),
         (torch.zeros(2, 64, dtype=torch.int64), {}, "x is torch.int64: wanted float32"),
         (torch.zeros(2, 64, device="meta"), {}, "x is on meta, packed on cpu"),
-        (torch.zeros(2, 64, requires_grad=True), {}, "x requires a gradient, and matmul has none"),
+        (torch.zeros(2, 64, requires_grad=True), {}, "x requires a gradient, and this product has none"),
         (torch.zeros(2, 64), {"shape": (2, 5, 64)}, r"packed has 160 elements"),
         (torch.zeros(2, 64), {"shape": (5, 1, 64)}, r"shape=\[5, 1, 64\]: the weight of a product has shape"),
         (torch.zeros(2, 64), {"nested": Nested(ONE, ONE.double())}, "nested.offset is torch.float64"),

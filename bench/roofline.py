@@ -1,0 +1,103 @@
+"""What binds each Triton kernel on each card, from its machine code and the cards' data sheets: bench/ROOFLINE.md.
+
+Four times per element of W, the longest of which is a bound that no schedule beats:
+
+    memory    bytes per element / bandwidth
+    issue     instructions per element / (processors x 128 lanes x clock)
+    shared    passes of shared memory per element / (processors x 32 lanes x clock)
+    tensor    2 M operations per element / the card's dense bfloat16 rate, where tensor cores multiply
+
+Latency, bank conflicts, occupancy and clocks that fall under load are not in it. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sass import Case, Compiled
+
+
+class Card(NamedTuple):
+    """From NVIDIA's data sheets: boost clock, dense rates."""
+
+    name: str
+    target: str  # whose machine code stands for it
+    processors: int
+    gigahertz: float
+    gigabytes: float  # per second
+    teraflops: float  # of tensor cores, 16 bits with float32 sums
+    lanes: int  # instructions issued per processor and clock
+
+
+CARDS = (
+    Card("T4", "sm_80", 40, 1.59, 320, 65, 64),
+    Card("RTX 4090", "sm_80", 128, 2.52, 1008, 165, 128),
+    Card("A100", "sm_80", 108, 1.41, 1555, 312, 128),
+    Card("H100", "sm_90", 132, 1.755, 3350, 989, 128),
+    Card("B200", "sm_100", 148, 1.85, 8000, 2250, 128),
+)
+
+
+def bounds(case: Case, compiled: Compiled, card: Card) -> dict[str, float]:
+    """Picoseconds per element of W by what would bind."""
+    clocks = card.processors * card.gigahertz  # processors x 1e9 / s
+    found = {
+        "memory": case.bytes_per_element / card.gigabytes * 1e3,
+        "issue": (compiled.per_element or 0) / (clocks * card.lanes) * 1e3,
+        "shared": (compiled.shared_per_element or 0) / (clocks * 32) * 1e3,
+    }
+    if case.tensor_cores:
+        found["tensor"] = 2 * case.constants["BM"] / card.teraflops
+        # W is read from memory once; every BM rows of x decode it again, and find it in the cache.
+    return found
+
+
+def page(cases: list[Case], results: dict[str, dict[str, Compiled]], dtype: str) -> str:
+    """The page as markdown."""
+    lines = [
+        "# Roofline of the Triton kernels",
+        "",
+        "Written by `python bench/sass.py --page bench/ROOFLINE.md` from the machine code of the kernels:",
+        f"{dtype}, NF4, block size 64, double-quantized. **GPU speed: not measured.** `make bench` on a machine with a",
+        "GPU measures it.",
+        "",
+        "## Machine code",
+        "",
+        "inst/elem: instructions of the hot loop per element of W; shared: passes of shared memory per element; spill:",
+        "bytes of stack and local memory per thread. Loads and stores as number x width in bits. For AMD, instructions",
+        "per element are not counted.",
+        "",
+        "| kernel | target | registers | spill | inst/elem | shared | loads | stores | tensor cores |",
+        "|---|---|---:|---:|---:|---:|---|---|---|",
+    ]
+    for case in cases:
+        for target, c in results[case.name].items():
+            per = "" if c.per_element is None else f"{c.per_element:.1f}"
+            shared = "" if c.shared_per_element is None else f"{c.shared_per_element:.1f}"
+            found = " | ".join(
+                " ".join(f"{n}x{what}" for what, n in part.items()) for part in (c.loads, c.stores, c.tensor_cores)
+            )
+            lines.append(f"| {case.name} | {target} | {c.registers} | {c.spilled} | {per} | {shared} | {found} |")
+    lines += [
+        "",
+        "## What binds",
+        "",
+        "Picoseconds per element of W by data sheet, for one pass over W (for a product of many rows, per 16 or 128",
+        "rows of x). The longest binds, in bold; *share* is what that leaves of the memory's speed. T4 and RTX 4090",
+        "are computed from the code for sm_80.",
+        "",
+        "| kernel | card | memory | issue | shared | tensor | share |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in cases:
+        for card in CARDS:
+            times = bounds(case, results[case.name][card.target], card)
+            longest = max(times, key=lambda name: times[name])
+            cells = [
+                "" if name not in times else f"**{times[name]:.2f}**" if name == longest else f"{times[name]:.2f}"
+                for name in ("memory", "issue", "shared", "tensor")
+            ]
+            share = times["memory"] / times[longest]
+            lines.append(f"| {case.name} | {card.name} | {' | '.join(cells)} | {share:.0%} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,297 @@
+"""What the Triton kernels compile to: instructions per element, registers, loads; and the roofline that follows.
+
+    python bench/sass.py                                  the table
+    python bench/sass.py --only "few rows" --target sm_90 --dump
+    python bench/sass.py --page bench/ROOFLINE.md         the committed page
+
+No GPU is needed. Each kernel is compiled for each target with 16-byte divisibility stated for its pointers, as a launch
+would find it, and the machine code is disassembled with the tools that come with Triton. From the code:
+
+    inst/elem   warp instructions of the hot code x 32 threads x warps, divided by the elements of W it decodes. The hot
+                code of a kernel with a loop is the loop, of one without it everything.
+    regs        registers of a thread; "spill" counts bytes of stack and local memory, which must be 0
+    LDG, STG    widths in bits of the loads and stores of global memory in the hot code
+    MMA         tensor-core instructions in the hot code
+
+The roofline (roofline.py) sets the time that a card's memory needs for the bytes of an element beside the time that
+its processors need to issue the instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does unasked, after a warning
+
+import triton
+from qlorag.kernels.nf4 import triton_dequantize, triton_matmul, triton_quantize
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+# Pointers are aligned, and these sizes multiples of 16: what a launch finds, and compiles for.
+DIVISIBLE = ("n", "numel", "packed_bytes", "rows_per_split")
+
+
+class Case(NamedTuple):
+    """One kernel with its compile-time arguments, and what a program of it does."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # of the run-time arguments
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    elements: int  # of W, in one pass through the hot code
+    bytes_per_element: float  # of memory, with x and y in caches
+    tensor_cores: bool = False
+
+
+def weight(nested: bool = True) -> dict[str, str]:
+    return {
+        "packed": "*i32", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32",
+        "dynamic": "*fp32", "table": "*fp32",
+    }  # fmt: skip
+
+
+def cases(dtype: str = "bf16") -> list[Case]:
+    """The kernels as the launches of kernels/nf4/gpu.py make them, for W [4096, 4096] at block size 64."""
+    width = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
+    pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
+    common = {"BLOCK_SIZE": 64, "NESTED": True}
+    sizes = {"m": "i32", "n": "i32", "units": "i32"}
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1, "PRECISION": precision}
+    listed = [
+        Case(
+            "dequantize", triton_dequantize.dequantize_kernel,
+            {**weight(), "packed": "*u8", "out": pointer, "numel": "i32", "packed_bytes": "i32"},
+            {**common, "TILE": 4096}, {"num_warps": 4}, 4096, stored + width,
+        ),
+        Case(
+            "quantize", triton_quantize.quantize_kernel,
+            {"w": pointer, "tree": "*fp32", "codes": "*u8", "packed": "*u8", "absmax": "*fp32", "first": "i32",
+             "numel": "i32", "packed_bytes": "i32"},
+            {"BLOCK_SIZE": 64, "BLOCKS": 64, "RAGGED": False}, {"num_warps": 4}, 4096, width + 0.5 + 4 / 64,
+        ),
+    ]  # fmt: skip
+    for m in (1, 2):
+        listed.append(
+            Case(
+                f"few rows, M={m}", triton_matmul.few_rows_kernel,
+                {"x": pointer, **weight(), "sums": "*fp32", **sizes, "units_per_split": "i32"},
+                {**common, "UNIT": 64, "BM": m, "ROWS": 8, "UNITS": 16 // m},
+                {"num_warps": 4}, 8 * 64 * (16 // m), stored,
+            )
+        )  # fmt: skip
+    for bm in (16, 128):
+        listed.append(
+            Case(
+                f"many rows, {bm} at a time", triton_matmul.many_rows_kernel,
+                {"x": pointer, **weight(), "sums": pointer, **sizes, "units_per_split": "i32"},
+                {**dot, "BM": bm}, {"num_warps": 8 if bm == 128 else 4}, 64 * 64, stored, dtype != "fp32",
+            )
+        )  # fmt: skip
+    listed.append(
+        Case(
+            "backward, 128 at a time", triton_matmul.backward_kernel,
+            {"dy": pointer, **weight(), "sums": pointer, **sizes, "rows_per_split": "i32"},
+            {**dot, "BM": 128}, {"num_warps": 8}, 64 * 64, stored, dtype != "fp32",
+        )
+    )  # fmt: skip
+    return listed
+
+
+class Compiled(NamedTuple):
+    """What the machine code of one kernel on one target holds."""
+
+    registers: int
+    spilled: int  # bytes of stack and local memory per thread
+    shared: int  # bytes per program
+    per_element: float | None  # instructions, of one thread; None where the disassembler has no listing (AMD)
+    loads: dict[int, int]  # width in bits -> number, in the hot code
+    stores: dict[int, int]
+    barriers: int
+    shared_per_element: float | None  # passes of shared memory, 32 lanes of 4 bytes each, of one thread
+    tensor_cores: dict[str, int]
+    text: str
+
+
+def compile_case(case: Case, target: GPUTarget) -> Compiled:
+    """Compile `case` for `target` and read its machine code."""
+    names = list(case.kernel.arg_names)
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if case.signature.get(name, "").startswith("*") or name in DIVISIBLE
+    }
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    compiled = triton.compile(source, target=target, options=case.options)
+    threads = target.warp_size * case.options["num_warps"]
+    if target.backend == "hip":
+        return _read_amd(compiled, case, threads)
+    return _read_nvidia(compiled, case, threads)
+
+
+def _read_nvidia(compiled: Any, case: Case, threads: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _output(TOOLS / "nvdisasm", "-c", file.name)
+        usage = _output(TOOLS / "cuobjdump", "-res-usage", file.name)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = instructions(text)
+    hot = loop_of(code) or code
+    opcodes = [line.opcode for line in hot]
+    return Compiled(
+        registers=used["REG"],
+        spilled=used["STACK"] + used["LOCAL"],
+        shared=compiled.metadata.shared,
+        per_element=len(hot) * threads / case.elements,
+        loads=widths(opcodes, ("LDG", "LDGSTS")),
+        stores=widths([line.opcode for line in code], ("STG",)),
+        barriers=sum(op.startswith("BAR") for op in opcodes),
+        shared_per_element=sum(map(passes, opcodes)) * threads / case.elements,
+        tensor_cores=dict(Counter(op.split(".")[0] for op in opcodes if re.match(r"(H|I|Q|UTCH|UTCQ)G?MMA", op))),
+        text=text,
+    )
+
+
+def _read_amd(compiled: Any, case: Case, threads: int) -> Compiled:
+    text = compiled.asm["amdgcn"]
+    code = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[vs]_|\s+(ds|global|buffer)_", line)]
+    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ushort": 16, "ubyte": 8, "short": 16, "byte": 8}
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+    def found(kind: str) -> dict[int, int]:
+        matched = [re.match(rf"(?:global|buffer)_{kind}_(\w+?)(?:_d16(?:_hi)?)?$", op) for op in code]
+        return dict(Counter(bits[m[1]] for m in matched if m and m[1] in bits))
+
+    return Compiled(
+        registers=field("vgpr_count"),
+        spilled=4 * field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        shared=compiled.metadata.shared,
+        per_element=None,
+        loads=found("load"),
+        stores=found("store"),
+        barriers=sum(op == "s_barrier" for op in code),
+        shared_per_element=None,
+        tensor_cores=dict(Counter("MFMA" for op in code if op.startswith("v_mfma"))),
+        text=text,
+    )
+
+
+class Instruction(NamedTuple):
+    address: int
+    opcode: str
+    target: int | None  # of a branch
+
+
+def instructions(text: str) -> list[Instruction]:
+    """The instructions of a kernel, padding after its end left out."""
+    code, labels, pending = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            pending.append(label[1])
+        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if not found:
+            continue
+        address = int(found[1], 16)
+        labels.update(dict.fromkeys(pending, address))
+        pending = []
+        jump = re.search(r"`\((\.L_x_\d+)\)", found[3]) if found[2].startswith("BRA") else None
+        code.append((address, found[2], jump[1] if jump else None))
+    listed = [Instruction(address, op, labels.get(label) if label else None) for address, op, label in code]
+    while listed and (listed[-1].opcode == "NOP" or listed[-1].target == listed[-1].address):  # the trap after EXIT
+        listed.pop()
+    return listed
+
+
+def loop_of(code: list[Instruction]) -> list[Instruction]:
+    """The longest stretch that a branch jumps back over; [] where no branch does."""
+    loops = [
+        [other for other in code if line.target <= other.address <= line.address]
+        for line in code
+        if line.target is not None and line.target < line.address
+    ]
+    return max(loops, key=len, default=[])
+
+
+def widths(opcodes: list[str], families: tuple[str, ...]) -> dict[int, int]:
+    """Width in bits -> how many of these loads or stores there are."""
+    found: Counter[int] = Counter()
+    for op in opcodes:
+        family, *parts = op.split(".")
+        if family in families:
+            bits = [int(part) for part in parts if part in ("64", "128", "256")]
+            small = 8 if {"U8", "S8"} & set(parts) else 16 if {"U16", "S16"} & set(parts) else 32
+            found[bits[-1] if bits else small] += 1
+    return dict(sorted(found.items()))
+
+
+def passes(opcode: str) -> int:
+    """How often a warp's access occupies shared memory, if no two lanes are in each other's way."""
+    if not opcode.startswith(("LDS", "STS")):
+        return 0
+    parts = opcode.split(".")
+    if "LDSM" in parts[0] or "STSM" in parts[0]:
+        return int(parts[-1]) if parts[-1] in ("2", "4") else 1
+    return 4 if "128" in parts else 2 if "64" in parts else 1
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--dump", action="store_true", help="print the machine code too")
+    parser.add_argument("--page", type=Path, help="write the page of all of them there")
+    args = parser.parse_args()
+    chosen = [case for case in cases(args.dtype) if args.only in case.name]
+    results: dict[str, dict[str, Compiled]] = {}
+    print(
+        f"{'kernel':27} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} {'inst/elem':>9} {'BAR':>4}  LDG, STG, MMA"
+    )
+    for case in chosen:
+        for name in args.target:
+            c = results.setdefault(case.name, {})[name] = compile_case(case, TARGETS[name])
+            per = "-" if c.per_element is None else f"{c.per_element:.2f}"
+            tail = f"{counts(c.loads)}, {counts(c.stores)}, {counts(c.tensor_cores)}"
+            print(f"{case.name:27} {name:7} {c.registers:5} {c.spilled:5} {c.shared:7} {per:>9} {c.barriers:4}  {tail}")
+            if args.dump:
+                print(c.text)
+    if args.page:
+        from roofline import page
+
+        args.page.write_text(page(chosen, results, args.dtype))
+    return 0
+
+
+def counts(found: dict[Any, int]) -> str:
+    return " ".join(f"{number}x{what}" for what, number in found.items()) or "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Which backend runs an operation: one rule for all of this folder.
+
+Every backend of an operation gives the same bits where it decodes, and sums within the same error where it
+accumulates, so the choice is only about speed. `backend=None` takes Triton for tensors on a GPU, the C kernel for
+tensors on the CPU when it could be compiled, and the reference for everything else; a backend that is named must run,
+or QuantizationError says why it cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from ..native import NativeBuildError
+from . import cpu, gpu
+from .checks import FLOATS
+from .errors import QuantizationError
+
+BACKENDS = ("triton", "c", "reference")
+
+
+class BackendStatus(NamedTuple):
+    """One line of `qlorag inspect --backends`."""
+
+    operation: str
+    backend: str
+    available: bool
+    detail: str  # how it runs, or why it cannot
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, backend: str | None, *, obstacles: dict[str, str | None] | None = None
+) -> str:
+    """The backend to use: `backend` itself if it can run, else the fastest that can.
+
+    obstacles: why a backend cannot, or should not, run this call, apart from device, dtype and compiler.
+    """
+    reasons = {"triton": why_not_triton, "c": why_not_c}
+
+    def why_not(name: str) -> str | None:
+        return (obstacles or {}).get(name) or reasons[name](device, dtype)
+
+    if backend is None:
+        fastest = "triton" if device.type == "cuda" else "c"
+        return fastest if why_not(fastest) is None else "reference"
+    if backend not in BACKENDS:
+        raise QuantizationError(f"backend={backend!r} does not exist: there are {', '.join(BACKENDS)}")
+    if backend in reasons and (why := why_not(backend)) is not None:
+        raise QuantizationError(f"backend={backend!r} cannot run: {why}")
+    return backend
+
+
+def why_not_c(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device}, and it runs on the CPU"
+    if dtype not in FLOATS:
+        return f"dtype={dtype}, and it takes float32, float16 or bfloat16"
+    try:
+        cpu.library()
+    except NativeBuildError as error:
+        return str(error)
+    return None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, and it runs on a GPU (on the CPU only with TRITON_INTERPRET=1, as a test)"
+    if dtype not in FLOATS:
+        return f"dtype={dtype}, and it takes float32, float16 or bfloat16"
+    return gpu.why_not()
+
+
+def available_backends() -> list[BackendStatus]:
+    """What can run here, and how, or why not."""
+    why = why_not_c(torch.device("cpu"), torch.float32)
+    detail = why or ""
+    if why is None:
+        try:
+            detail = cpu.describe()
+        except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
+            why = detail = str(error)
+    no_gpu = None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+    why_not_triton = no_gpu or gpu.why_not()
+    return [
+        status
+        for operation in ("nf4.quantize", "nf4.dequantize", "nf4.matmul")
+        for status in (
+            BackendStatus(operation, "triton", why_not_triton is None, why_not_triton or "on tensors of the GPU"),
+            BackendStatus(operation, "c", why is None, detail),
+            BackendStatus(operation, "reference", True, "plain torch, any device"),
+        )
+    ]

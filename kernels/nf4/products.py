@@ -1,0 +1,130 @@
+"""Products with a packed weight W [N, K]:   y = x Wᵀ   and its backward   dx = dy W.
+
+For few rows no decoded weight exists. For many, W is decoded and the platform's GEMM multiplies: from some number of
+rows on, that makes up for the decoding. Where, depends on the dtype and the machine; the tables below say up to how
+many rows the fused product is taken, and the README how they were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu, gpu
+from .backends import choose_backend, why_not_c
+from .checks import check_packed, check_x
+from .codebook import check_kind
+from .ops import dequantize
+from .reference import Nested
+
+FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
+# On a GPU; not measured. A fused product decodes W once per 128 rows, dequantize and cuBLAS once in all.
+GPU_FUSED_ROWS = 128
+
+
+def matmul(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    nested: Nested | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Y = x Wᵀ, where W [N, K] is what `dequantize` gives for the other arguments.
+
+    x:       [..., K], float32, float16, bfloat16, or (reference only) float64.
+    shape:   (N, K); packed, absmax, nested, kind, block_size as for dequantize.
+    backend: "triton" and "c" multiply the packed weight, in float32 sums. "reference" decodes it to the dtype
+             of x first. None takes a fused one for few rows (FUSED_ROWS[dtype], GPU_FUSED_ROWS) where it can run.
+    Returns y [..., N] in the dtype of x. It has no gradient: see quant.QuantizedLinear.
+    Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
+    """
+    known = check_kind(kind)
+    check_packed(packed, absmax, nested, shape, block_size)
+    check_x(x, shape, packed.device)
+    obstacles = {"triton": _why_no_unit(shape, block_size), "c": _why_not_fused(shape, block_size)}
+    if backend is None and x.numel() > _fused_rows(x) * shape[1]:
+        obstacles = {"triton": "x has many rows", "c": "x has many rows"}
+    chosen = choose_backend(x.device, x.dtype, backend, obstacles=obstacles)
+    if chosen == "triton":
+        return gpu.matmul(x, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+    if chosen == "c":
+        return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)(x.contiguous())
+    weight = dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=x.dtype, nested=nested)
+    return F.linear(x, weight)
+
+
+def matmul_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    nested: Nested | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Dx = dy W, the gradient of `matmul` with respect to x; W [N, K] is frozen and has none.
+
+    dy:      [..., N], float32, float16, bfloat16, or (reference only) float64; the rest as for matmul.
+    backend: "triton" multiplies the packed weight; "reference" decodes it to the dtype of dy first, as does None
+             where Triton does not run or dy has more than GPU_FUSED_ROWS rows.
+    Returns dx [..., K] in the dtype of dy.
+    Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
+    """
+    known = check_kind(kind)
+    check_packed(packed, absmax, nested, shape, block_size)
+    check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
+    obstacles = {"triton": _why_no_unit(shape, block_size), "c": "there is no C kernel: W is decoded, then multiplied"}
+    if backend is None and dy.numel() > GPU_FUSED_ROWS * shape[0]:
+        obstacles["triton"] = "dy has many rows"
+    if choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles) == "triton":
+        return gpu.matmul_backward(dy, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+    weight = dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dy.dtype, nested=nested)
+    return dy @ weight
+
+
+def prepare_matmul(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str = "nf4",
+    block_size: int = 64,
+    nested: Nested | None = None,
+) -> cpu.Matmul | None:
+    """`matmul` in C over this W, its arguments checked once for all calls; None where it cannot run.
+
+    Raises QuantizationError: an argument that does not fit.
+    """
+    known = check_kind(kind)
+    check_packed(packed, absmax, nested, shape, block_size)
+    if why_not_c(packed.device, torch.float32) or _why_not_fused(shape, block_size):
+        return None
+    return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+
+
+def _fused_rows(x: Tensor) -> int:
+    return GPU_FUSED_ROWS if x.is_cuda else FUSED_ROWS.get(x.dtype, 0)
+
+
+def _why_no_unit(shape: Sequence[int], block_size: int) -> str | None:
+    if gpu.unit_of(shape[1], block_size) == 0:
+        return f"K={shape[1]}, and it takes K that is a multiple of 32"
+    return None
+
+
+def _why_not_fused(shape: Sequence[int], block_size: int) -> str | None:
+    if shape[1] % cpu.UNIT or shape[1] > cpu.MAX_IN_FEATURES or block_size < cpu.UNIT:
+        return (
+            f"K={shape[1]} and block_size={block_size}, and it takes K that is a multiple of {cpu.UNIT} "
+            f"up to {cpu.MAX_IN_FEATURES}, and block_size from {cpu.UNIT}"
+        )
+    return None

@@ -1,0 +1,84 @@
+"""The machine code that the Triton kernels become, compiled here for cards that are not here.
+
+No GPU is needed, and no speed is claimed: these are gates on what would make a kernel slow for certain. Ceilings are a
+few percent above what was seen with Triton 3.9 (bench/ROOFLINE.md); one that trips after an upgrade is worth a look.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import sass
+
+NVIDIA = [name for name, target in sass.TARGETS.items() if target.backend == "cuda"]
+CASES = {case.name: case for case in sass.cases("bf16")}
+# Instructions per element of W: (sm_80, sm_90, sm_100).
+CEILINGS = {
+    "dequantize": (11, 11.5, 11.5),
+    "quantize": (36, 39, 39),
+    "few rows, M=1": (6.6, 6.6, 6.6),
+    "few rows, M=2": (11, 11, 10.5),
+    "many rows, 16 at a time": (10.5, 10.5, 10.5),
+    "many rows, 128 at a time": (28, 14, 21),
+    "backward, 128 at a time": (28, 15.5, 21),
+}
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+
+
+@pytest.mark.parametrize("target", sass.TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_spills_and_memory_moves_in_wide_words(name, target):
+    case, code = CASES[name], sass.compile_case(CASES[name], sass.TARGETS[target])
+    assert code.spilled == 0
+    assert not [op for op in code.text.split() if op.startswith(("LDL", "STL"))]
+    if target in NVIDIA:
+        assert code.per_element <= CEILINGS[name][NVIDIA.index(target)]
+        assert 128 in code.loads
+        if not name.startswith("few"):  # whose results are single numbers
+            assert 128 in code.stores
+    else:
+        assert max(code.loads) >= 64
+    if case.tensor_cores:
+        # With 16 rows of x there is too little for the wide instructions of Hopper and Blackwell.
+        wanted = "HMMA" if name.startswith("many rows, 16") and target in NVIDIA else TENSOR_CORES[target]
+        assert code.tensor_cores.get(wanted, 0) >= 4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_other_dtypes_do_not_spill_either(dtype):
+    for case in sass.cases(dtype):
+        if dtype == "fp16" or case.name in ("dequantize", "quantize", "few rows, M=1"):
+            assert sass.compile_case(case, sass.TARGETS["sm_90"]).spilled == 0, case.name
+
+
+def test_16_bit_results_are_rounded_to_nearest_even():
+    """What the interpreter does not do (tests/interpreter/conftest.py), the hardware is told to."""
+    case = CASES["dequantize"]
+    text = sass.compile_case(case, sass.TARGETS["sm_90"]).text
+    packs = [line for line in text.splitlines() if "F2FP.BF16" in line]
+    assert packs and not [line for line in packs if ".RZ" in line]
+
+
+def test_the_reader_finds_loop_and_widths():
+    text = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0020*/              @!P0 LDG.E.U8 R5, [R2.64+0x4] ;
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   STG.E.64 [R8.64], R4 ;
+        /*0050*/                   EXIT ;
+.L_x_1:
+        /*0060*/                   BRA `(.L_x_1);
+        /*0070*/                   NOP;
+"""
+    code = sass.instructions(text)
+    assert [line.opcode for line in sass.loop_of(code)] == ["LDG.E.128.CONSTANT", "LDG.E.U8", "BRA"]
+    assert code[-1].opcode == "EXIT"
+    opcodes = [line.opcode for line in code]
+    assert sass.widths(opcodes, ("LDG",)) == {8: 1, 128: 1} and sass.widths(opcodes, ("STG",)) == {64: 1}

@@ -9,22 +9,18 @@ not be saved: what autograd keeps of this layer is a reference to the packed wei
 For a few rows of x and no gradient, which is what generating text consists of, the product is taken straight
 from the packed weight (kernels/nf4/matmul.c), with everything but x looked up once and kept by the layer.
 
-Otherwise the decoded weight goes into scratch memory that all layers share. This matters on the CPU, where a
-fresh tensor of more than 32 MiB is mapped, faulted in page by page and unmapped again, about 0.45 ms per MiB:
-ten times the cost of decoding. There is one scratch per thread, so that two threads never decode into the
-same memory, and it is used only between a decode and the product that follows, inside functions where
-autograd does not record: no graph can hold it. On a GPU torch's caching allocator already reuses memory, in
-the order of the stream; there W is an ordinary temporary.
+Otherwise kernels/nf4 decides by the number of rows: the packed weight is multiplied as it is, or decoded into scratch
+memory that all layers share and given to the platform's GEMM.
+
+Under torch.compile both passes are one operation each of kernels/nf4/torch_ops.py: no graph breaks.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,30 +29,18 @@ from ..kernels.nf4 import Kind, QuantizationError
 from .tensor import QuantizedTensor, dequantize, quantize
 
 
-class _Scratch(threading.local):
-    """One growing buffer per thread and dtype."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory of `shape`, valid until this thread's next `take` of this dtype."""
-        numel = torch.Size(shape).numel()
-        buffer = self.buffers.get(dtype)
-        if buffer is None or buffer.numel() < numel:
-            self.buffers.pop(dtype, None)  # free the small one before the large one is made
-            with torch.inference_mode(False):  # an inference tensor could not be written to later
-                buffer = self.buffers[dtype] = torch.empty(numel, dtype=dtype)
-        return buffer[:numel].view(shape)
+def _product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    # y = x Wᵀ + b          [..., K] @ [K, N] -> [..., N]
+    return nf4.matmul(
+        x, q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested, bias=bias
+    )
 
 
-_scratch = _Scratch()
-
-
-def _decode(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """W in `dtype`, for immediate use: on the CPU the next call overwrites it."""
-    out = _scratch.take(q.shape, dtype) if q.device.type == "cpu" else None
-    return dequantize(q, dtype=dtype, out=out)
+def _product_backward(dy: Tensor, q: QuantizedTensor) -> Tensor:
+    # dx = dy W          [..., N] @ [N, K] -> [..., K]
+    return nf4.matmul_backward(
+        dy, q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested
+    )
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
@@ -77,16 +61,14 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         # meanwhile.
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
         ctx.meta = meta
-        weight = _decode(QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), x.dtype)
-        return F.linear(x, weight, bias)  # [..., K] @ [K, N] -> [..., N]
+        return _product(x, QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
-            # dx = dy W          [..., N] @ [N, K] -> [..., K]
-            dx = dy @ _decode(QuantizedTensor(*ctx.saved_tensors, *ctx.meta), dy.dtype)
+            dx = _product_backward(dy, QuantizedTensor(*ctx.saved_tensors, *ctx.meta))
         if ctx.needs_input_grad[1]:
             # db = sum over rows of dy
             db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
@@ -159,6 +141,10 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if torch.compiler.is_compiling():
+            parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+            compiled: Tensor = nf4.nf4_matmul(x, *parts, self.out_features, self.kind, self.block_size)
+            return compiled if bias is None else compiled + bias
         if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return self._forward_only(x, bias)
         y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
@@ -172,7 +158,7 @@ class QuantizedLinear(nn.Module):
             if fused is not None:
                 y = fused(x.contiguous())
                 return y if bias is None else y.add_(bias)
-        return F.linear(x, _decode(self.quantized, x.dtype), bias)
+        return _product(x, self.quantized, bias)
 
     def _fused_matmul(self) -> nf4.Matmul | None:
         """The fused product with the weight this layer holds now, or None where there is none."""

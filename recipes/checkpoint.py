@@ -2,7 +2,7 @@
 
     ADAPTER_PATH/checkpoints/step-0000050/
         adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
-        optimizer.safetensors                            AdamW's two moments, float32
+        optimizer.safetensors                            AdamW's two moments: float32, or 8-bit codes and scales
         trainer.json                                     step, and the settings the run was started with
 
 A checkpoint is written into a hidden folder beside its place and renamed when every file in it is on disk. A folder

@@ -14,7 +14,7 @@ from .display import Display
 from .errors import TrainingError, UsageError
 from .memory import reuse_freed_memory
 from .show_mask import show_mask
-from .trainer import TrainSettings, mean_loss, perplexity
+from .trainer import OPTIMIZERS, TrainSettings, mean_loss, perplexity
 from .training_run import TrainingRun
 
 
@@ -34,6 +34,8 @@ def register(verbs: Any) -> None:
     p.add_argument("--grad-accumulation-steps", type=int, default=d.grad_accumulation, help="micro-batches in a step")
     p.add_argument("--learning-rate", type=float, default=d.learning_rate, help="peak learning rate")
     p.add_argument("--warmup", type=float, default=d.warmup, help="fraction of the steps that warm up")
+    p.add_argument("--optimizer", choices=list(OPTIMIZERS), default=d.optimizer,
+                   help="adamw8bit keeps its moments in 8 bits: about 2 bytes a parameter, not 8")  # fmt: skip
     p.add_argument("--weight-decay", type=float, default=d.weight_decay, help="AdamW's")
     p.add_argument("--clip", type=float, default=d.clip, help="largest gradient norm, 0 for none")
     p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are cut")
@@ -90,6 +92,7 @@ def train(args: argparse.Namespace, display: Display) -> int:
         weight_decay=args.weight_decay,
         clip=args.clip,
         seed=args.seed,
+        optimizer=args.optimizer,
     )
     lora = LoRAConfig(
         r=args.rank,

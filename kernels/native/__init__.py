@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .build import Library, NativeBuildError, load
-from .level import LEVELS, LevelError, choose_level
+from .level import LEVELS, LevelError, choose_level, levels_up_to
 
-__all__ = ["LEVELS", "LevelError", "Library", "NativeBuildError", "choose_level", "load"]
+__all__ = ["LEVELS", "LevelError", "Library", "NativeBuildError", "choose_level", "levels_up_to", "load"]

@@ -10,6 +10,7 @@ from .errors import QuantizationError
 from .ops import dequantize, quantize, quantize_absmax
 from .products import FUSED_ROWS, matmul, matmul_backward, prepare_matmul
 from .reference import Nested
+from .torch_ops import nf4_matmul
 
 __all__ = [
     "BLOCK_SIZES",
@@ -27,6 +28,7 @@ __all__ = [
     "dequantize",
     "matmul",
     "matmul_backward",
+    "nf4_matmul",
     "prepare_matmul",
     "quantize",
     "quantize_absmax",

@@ -51,6 +51,14 @@ def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str 
         )
 
 
+def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
+    """Raise QuantizationError unless `bias` can be added to a product with `x`."""
+    if bias is not None and (tuple(bias.shape), bias.dtype, bias.device) != ((out_features,), x.dtype, x.device):
+        raise QuantizationError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}: wanted {x.dtype} [{out_features}] on {x.device}"
+        )
+
+
 def check_block_size(block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
         raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")

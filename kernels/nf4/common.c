@@ -16,10 +16,13 @@
 #include <immintrin.h>
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define ARM 1
+#include <arm_neon.h> /* every AArch64 processor has it: no target attribute */
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { SCALAR, AVX2, AVX512 };         /* native/level.py: LEVELS */
+enum { SCALAR, AVX2, AVX512, NEON };   /* native/level.py: LEVELS */
 enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */
 enum { NESTED_BLOCK_SIZE = 256 };      /* reference.py */
 enum { TASK = 65536 };                 /* elements: enough work to be worth handing to a thread */
@@ -45,6 +48,10 @@ INLINE float scale_of(const packed_tensor *q, int64_t block) {
         scale = ((const float *)q->absmax)[block];
     }
     return scale == scale ? scale : NAN;
+}
+
+INLINE int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
 }
 
 /* Float32 to 16 bits, to nearest even, and back. */
@@ -84,6 +91,10 @@ INLINE float from_float16(uint16_t h) {
     return sign ? -value : value;
 }
 
+INLINE uint16_t to_half(float x, int32_t dtype) {
+    return dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+}
+
 /* Element i of an array of any of the three types. */
 INLINE float load(const void *x, int64_t i, int32_t dtype) {
     if (dtype == FLOAT32) return ((const float *)x)[i];
@@ -108,3 +119,44 @@ TARGET_AVX512 INLINE __m512 load_avx512(const void *x, int64_t i, int32_t dtype)
 }
 
 #endif /* X86 */
+
+#ifdef ARM
+
+INLINE float32x4_t load_neon(const void *x, int64_t i, int32_t dtype) { /* elements i .. i + 3 */
+    if (dtype == FLOAT32) return vld1q_f32((const float *)x + i);
+    const uint16x4_t halves = vld1_u16((const uint16_t *)x + i);
+    if (dtype == FLOAT16) return vcvt_f32_f16(vreinterpret_f16_u16(halves));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(halves), 16));
+}
+
+/* NEON looks up bytes, 16 at once. A table of 16 float32 entries becomes four tables of bytes, from the lowest byte of
+   each entry to the highest; what they give for 16 codes is put together the same way back. */
+
+INLINE float32x4x4_t scale_neon(const float table[16], float scale) {
+    float32x4x4_t entries;
+    for (int v = 0; v < 4; v++) entries.val[v] = vmulq_n_f32(vld1q_f32(table + 4 * v), scale);
+    return entries;
+}
+
+INLINE uint8x16x4_t split_neon(float32x4x4_t entries) {
+    uint16x8_t half[4];
+    for (int v = 0; v < 4; v++) half[v] = vreinterpretq_u16_f32(entries.val[v]);
+    const uint16x8x2_t first = vuzpq_u16(half[0], half[1]), second = vuzpq_u16(half[2], half[3]);
+    const uint8x16x2_t low = vuzpq_u8(vreinterpretq_u8_u16(first.val[0]), vreinterpretq_u8_u16(second.val[0]));
+    const uint8x16x2_t high = vuzpq_u8(vreinterpretq_u8_u16(first.val[1]), vreinterpretq_u8_u16(second.val[1]));
+    return (uint8x16x4_t){{low.val[0], low.val[1], high.val[0], high.val[1]}};
+}
+
+INLINE float32x4x4_t lookup_neon(uint8x16x4_t lut, uint8x16_t code) {
+    uint8x16_t byte[4];
+    for (int b = 0; b < 4; b++) byte[b] = vqtbl1q_u8(lut.val[b], code);
+    const uint8x16x2_t low = vzipq_u8(byte[0], byte[1]), high = vzipq_u8(byte[2], byte[3]);
+    float32x4x4_t values;
+    for (int h = 0; h < 2; h++) {
+        const uint16x8x2_t eight = vzipq_u16(vreinterpretq_u16_u8(low.val[h]), vreinterpretq_u16_u8(high.val[h]));
+        for (int v = 0; v < 2; v++) values.val[2 * h + v] = vreinterpretq_f32_u16(eight.val[v]);
+    }
+    return values;
+}
+
+#endif /* ARM */

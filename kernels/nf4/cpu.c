@@ -14,6 +14,8 @@ int32_t qlorag_nf4_best_level(void) {
         __builtin_cpu_supports("avx512dq"))
         return AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2; /* F16C is older than AVX2 */
+#elif defined(ARM)
+    return NEON;
 #endif
     return SCALAR;
 }

@@ -100,7 +100,7 @@ def library() -> Library:
 
 @lru_cache(maxsize=1)
 def best_level() -> int:
-    """The highest index into LEVELS that this processor runs."""
+    """The index into LEVELS of the highest that this processor runs."""
     return int(library().handle.qlorag_nf4_best_level())
 
 

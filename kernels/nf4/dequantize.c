@@ -7,6 +7,8 @@
        float32           16 entries x 4 bytes = one 512-bit register      vpermps (AVX-512), 2 x vpermps (AVX2)
        float16, bfloat16 16 entries x 2 bytes                             vpermw  (AVX-512), 2 x vpshufb (AVX2)
 
+   NEON has 128-bit registers and a lookup by bytes: 4 tables of 16 bytes for float32, 2 for the others.
+
    Rounding the entry is rounding the element, so the result is bit-equal to reference.py: the product is float32
    and is rounded once, to nearest even. This needs -ffp-contract=off, since a fused multiply-add in the decoding
    of double-quantized scales would have other bits.
@@ -22,8 +24,7 @@ typedef struct {
 } dequantize_args;
 
 static inline int64_t length_of(const dequantize_args *a, int64_t block) {
-    const int64_t left = a->q.numel - block * a->q.block_size;
-    return left < a->q.block_size ? left : a->q.block_size;
+    return least(a->q.numel - block * a->q.block_size, a->q.block_size);
 }
 
 /* Scalar. */
@@ -44,27 +45,22 @@ static void lookup_16(const uint8_t *packed, const uint16_t *lut, uint16_t *out,
     if (n & 1) out[n - 1] = lut[packed[n / 2] >> 4];
 }
 
-static void blocks_32_scalar(const dequantize_args *a, int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; block++) {
-        const int64_t start = block * a->q.block_size;
-        const float scale = scale_of(&a->q, block);
-        float lut[16];
-        for (int c = 0; c < 16; c++) lut[c] = a->q.table[c] * scale;
-        lookup_32(a->q.packed + start / 2, lut, (float *)a->out + start, length_of(a, block));
+/* n elements of one block from `start` on, which is even. */
+static void lookup(const dequantize_args *a, float scale, int64_t start, int64_t n) {
+    float entries[16];
+    for (int c = 0; c < 16; c++) entries[c] = a->q.table[c] * scale;
+    if (a->dtype == FLOAT32) {
+        lookup_32(a->q.packed + start / 2, entries, (float *)a->out + start, n);
+    } else {
+        uint16_t halves[16];
+        for (int c = 0; c < 16; c++) halves[c] = to_half(entries[c], a->dtype);
+        lookup_16(a->q.packed + start / 2, halves, (uint16_t *)a->out + start, n);
     }
 }
 
-static void blocks_16_scalar(const dequantize_args *a, int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; block++) {
-        const int64_t start = block * a->q.block_size;
-        const float scale = scale_of(&a->q, block);
-        uint16_t lut[16];
-        for (int c = 0; c < 16; c++) {
-            const float x = a->q.table[c] * scale;
-            lut[c] = a->dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
-        }
-        lookup_16(a->q.packed + start / 2, lut, (uint16_t *)a->out + start, length_of(a, block));
-    }
+static void blocks_scalar(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++)
+        lookup(a, scale_of(&a->q, block), block * a->q.block_size, length_of(a, block));
 }
 
 #ifdef X86
@@ -85,8 +81,9 @@ TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, 
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         float *out = (float *)a->out + start;
-        const __m256 scale = _mm256_set1_ps(scale_of(&a->q, block));
-        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        const float scale = scale_of(&a->q, block);
+        const __m256 low = _mm256_mul_ps(table_low, _mm256_set1_ps(scale));
+        const __m256 high = _mm256_mul_ps(table_high, _mm256_set1_ps(scale));
         for (int64_t i = 0; i < whole; i += 8) {
             int32_t word;
             memcpy(&word, packed + i / 2, 4);
@@ -97,12 +94,7 @@ TARGET_AVX2 static void blocks_32_avx2(const dequantize_args *a, int64_t first, 
             if (a->stream) _mm256_stream_ps(out + i, values);
             else _mm256_storeu_ps(out + i, values);
         }
-        if (whole < n) {
-            float lut[16];
-            _mm256_storeu_ps(lut, low);
-            _mm256_storeu_ps(lut + 8, high);
-            lookup_32(packed + whole / 2, lut, out + whole, n - whole);
-        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
     }
 }
 
@@ -113,8 +105,9 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         uint16_t *out = (uint16_t *)a->out + start;
-        const __m256 scale = _mm256_set1_ps(scale_of(&a->q, block));
-        const __m256 low = _mm256_mul_ps(table_low, scale), high = _mm256_mul_ps(table_high, scale);
+        const float scale = scale_of(&a->q, block);
+        const __m256 low = _mm256_mul_ps(table_low, _mm256_set1_ps(scale));
+        const __m256 high = _mm256_mul_ps(table_high, _mm256_set1_ps(scale));
         __m128i lut_low, lut_high; /* entries 0..7 and 8..15, 16 bits each */
         if (a->dtype == BFLOAT16) {
             const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat16_avx2(low), bfloat16_avx2(high)), 0xd8);
@@ -144,12 +137,7 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
                 _mm256_storeu_si256((__m256i *)(out + i + 16), values1);
             }
         }
-        if (whole < n) {
-            uint16_t lut[16];
-            _mm_storeu_si128((__m128i *)lut, lut_low);
-            _mm_storeu_si128((__m128i *)(lut + 8), lut_high);
-            lookup_16(packed + whole / 2, lut, out + whole, n - whole);
-        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
     }
 }
 
@@ -174,7 +162,8 @@ TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t fir
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         float *out = (float *)a->out + start;
-        const __m512 lut = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(&a->q, block)));
+        const float scale = scale_of(&a->q, block);
+        const __m512 lut = _mm512_mul_ps(table, _mm512_set1_ps(scale));
         for (int64_t i = 0; i < whole; i += 16) {
             /* Each byte b goes to a 64-bit lane: low half b >> 4, high half b. vpermps reads 4 bits of a half. */
             const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
@@ -183,11 +172,7 @@ TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t fir
             if (a->stream) _mm512_stream_ps(out + i, values);
             else _mm512_storeu_ps(out + i, values);
         }
-        if (whole < n) {
-            float entries[16];
-            _mm512_storeu_ps(entries, lut);
-            lookup_32(packed + whole / 2, entries, out + whole, n - whole);
-        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
     }
 }
 
@@ -197,7 +182,8 @@ TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t fir
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         uint16_t *out = (uint16_t *)a->out + start;
-        const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale_of(&a->q, block)));
+        const float scale = scale_of(&a->q, block);
+        const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
         const __m512i lut = a->dtype == BFLOAT16 ? twice_bfloat16(scaled) : twice_float16(scaled);
         for (int64_t i = 0; i < whole; i += 32) {
             /* Each byte b goes to a 32-bit lane. vpermw reads 5 bits of each half: the code in bits 1 to 4, and any
@@ -208,25 +194,79 @@ TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t fir
             if (a->stream) _mm512_stream_si512((__m512i *)(out + i), values);
             else _mm512_storeu_si512(out + i, values);
         }
-        if (whole < n) {
-            uint16_t entries[16];
-            _mm256_storeu_si256((__m256i *)entries, _mm512_cvtepi32_epi16(lut));
-            lookup_16(packed + whole / 2, entries, out + whole, n - whole);
-        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
     }
 }
 
 #endif /* X86 */
 
+#ifdef ARM
+
+/* NEON. Nothing is streamed: the processors that have it see long runs of stores by themselves. */
+
+static void blocks_32_neon(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        float *out = (float *)a->out + start;
+        const float scale = scale_of(&a->q, block);
+        const uint8x16x4_t lut = split_neon(scale_neon(a->q.table, scale));
+        for (int64_t i = 0; i < whole; i += 32) {
+            const uint8x16_t pair = vld1q_u8(packed + i / 2);
+            const uint8x16x2_t code = vzipq_u8(vshrq_n_u8(pair, 4), vandq_u8(pair, vdupq_n_u8(15))); /* in order */
+            for (int h = 0; h < 2; h++) {
+                const float32x4x4_t values = lookup_neon(lut, code.val[h]);
+                for (int v = 0; v < 4; v++) vst1q_f32(out + i + 16 * h + 4 * v, values.val[v]);
+            }
+        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
+    }
+}
+
+/* 4 x float32 -> 4 x bfloat16 (or float16) */
+INLINE uint16x4_t half_neon(float32x4_t x, int32_t dtype) {
+    if (dtype == FLOAT16) return vreinterpret_u16_f16(vcvt_f16_f32(x));
+    const uint32x4_t u = vreinterpretq_u32_f32(x);
+    const uint32x4_t even = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    return vaddhn_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), even); /* the high halves of the sums */
+}
+
+static void blocks_16_neon(const dequantize_args *a, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
+        const uint8_t *packed = a->q.packed + start / 2;
+        uint16_t *out = (uint16_t *)a->out + start;
+        const float scale = scale_of(&a->q, block);
+        const float32x4x4_t scaled = scale_neon(a->q.table, scale);
+        uint16x4_t half[4];
+        for (int v = 0; v < 4; v++) half[v] = half_neon(scaled.val[v], a->dtype);
+        const uint8x16_t entries0 = vreinterpretq_u8_u16(vcombine_u16(half[0], half[1]));
+        const uint8x16_t entries1 = vreinterpretq_u8_u16(vcombine_u16(half[2], half[3]));
+        const uint8x16x2_t lut = vuzpq_u8(entries0, entries1); /* the low bytes, the high bytes */
+        for (int64_t i = 0; i < whole; i += 32) {
+            const uint8x16_t pair = vld1q_u8(packed + i / 2);
+            const uint8x16_t even = vshrq_n_u8(pair, 4), odd = vandq_u8(pair, vdupq_n_u8(15));
+            const uint8x16x4_t values = {{vqtbl1q_u8(lut.val[0], even), vqtbl1q_u8(lut.val[1], even),
+                                          vqtbl1q_u8(lut.val[0], odd), vqtbl1q_u8(lut.val[1], odd)}};
+            vst4q_u8((uint8_t *)(out + i), values); /* one byte of each in turn */
+        }
+        if (whole < n) lookup(a, scale, start + whole, n - whole);
+    }
+}
+
+#endif /* ARM */
+
 typedef void (*dequantize_blocks)(const dequantize_args *, int64_t first, int64_t last);
 
 static dequantize_blocks choose_dequantize(const dequantize_args *a) {
-    const int wide = a->dtype == FLOAT32;
 #ifdef X86
-    if (a->level == AVX512) return wide ? blocks_32_avx512 : blocks_16_avx512;
-    if (a->level == AVX2) return wide ? blocks_32_avx2 : blocks_16_avx2;
+    if (a->level == AVX512) return a->dtype == FLOAT32 ? blocks_32_avx512 : blocks_16_avx512;
+    if (a->level == AVX2) return a->dtype == FLOAT32 ? blocks_32_avx2 : blocks_16_avx2;
 #endif
-    return wide ? blocks_32_scalar : blocks_16_scalar;
+#ifdef ARM
+    if (a->level == NEON) return a->dtype == FLOAT32 ? blocks_32_neon : blocks_16_neon;
+#endif
+    return blocks_scalar;
 }
 
 void qlorag_nf4_dequantize(const dequantize_args *a) {
@@ -237,7 +277,7 @@ void qlorag_nf4_dequantize(const dequantize_args *a) {
 #pragma omp parallel for schedule(static) num_threads(a->threads) if (tasks > 1 && a->threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t first = task * step;
-        run(a, first, first + step < blocks ? first + step : blocks);
+        run(a, first, least(first + step, blocks));
 #ifdef X86
         if (a->stream) _mm_sfence(); /* streamed stores become visible before the threads meet */
 #endif

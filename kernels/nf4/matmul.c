@@ -156,6 +156,43 @@ TARGET_AVX512 static void pass_avx512(int rows, int width, matmul_pass *p) {
 
 #endif /* X86 */
 
+#ifdef ARM
+
+/* NEON: the two bytes of all 16 words apart, so that a lookup by bytes takes the 16 lanes of one shift at once. Four
+   sums per row of x, one for each 4 lanes. */
+
+INLINE void row_neon(int r, const int width, matmul_pass *p) {
+    const uint8_t *packed = p->packed + r * p->units * (UNIT / 2);
+    const float *x = p->x, *scales = p->scales + r * p->units;
+    float32x4_t total[WIDTH][4];
+    for (int m = 0; m < width; m++)
+        for (int v = 0; v < 4; v++) total[m][v] = vdupq_n_f32(0.0f);
+    for (int64_t u = 0; u < p->units; u++, packed += UNIT / 2, x += width * UNIT) {
+        const uint8x16x4_t lut = split_neon(scale_neon(p->table, scales[u]));
+        const uint8x16x2_t word = vld2q_u8(packed);
+        for (int j = 0; j < 4; j++) {
+            const uint8x16_t byte = word.val[j / 2], code = j & 1 ? vshrq_n_u8(byte, 4) : vandq_u8(byte, vdupq_n_u8(15));
+            const float32x4x4_t value = lookup_neon(lut, code);
+            for (int m = 0; m < width; m++)
+                for (int v = 0; v < 4; v++)
+                    total[m][v] = vfmaq_f32(total[m][v], value.val[v], vld1q_f32(x + m * UNIT + 16 * j + 4 * v));
+        }
+    }
+    for (int m = 0; m < width; m++)
+        p->sums[r][m] = vaddvq_f32(vaddq_f32(vaddq_f32(total[m][0], total[m][1]), vaddq_f32(total[m][2], total[m][3])));
+}
+
+static void pass_neon(int rows, int width, matmul_pass *p) { /* each call is inlined with its constant */
+    for (int r = 0; r < rows; r++) {
+        if (width == 1) row_neon(r, 1, p);
+        if (width == 2) row_neon(r, 2, p);
+        if (width == 3) row_neon(r, 3, p);
+        if (width == 4) row_neon(r, 4, p);
+    }
+}
+
+#endif /* ARM */
+
 /* The scale of each of `count` units from `first` on, where a block is 2^shift units. Same numbers as scale_of, in
    runs that share a nested scale. */
 static void decode_scales(const packed_tensor *w, int64_t first, int64_t count, int shift, float *out) {
@@ -168,20 +205,20 @@ static void decode_scales(const packed_tensor *w, int64_t first, int64_t count, 
     for (int64_t u = 0; u < count;) {
         const int64_t nested = ((first + u) >> shift) / NESTED_BLOCK_SIZE, next = ((nested + 1) * NESTED_BLOCK_SIZE << shift) - first;
         const float scale = w->nested_absmax[nested];
-        for (const int64_t end = next < count ? next : count; u < end; u++)
+        for (const int64_t end = least(next, count); u < end; u++)
             out[u] = dynamic[codes[(first + u) >> shift]] * scale + offset;
     }
 }
 
 static void store(void *y, int64_t i, float value, int32_t dtype) {
     if (dtype == FLOAT32) ((float *)y)[i] = value;
-    else ((uint16_t *)y)[i] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
+    else ((uint16_t *)y)[i] = to_half(value, dtype);
 }
 
 /* x [rows][K] as the passes read it: for each 4 rows, [units][width][4][16]. */
 static void permute(const void *x, int64_t rows, int64_t units, int32_t dtype, float *out) {
     for (int64_t first = 0; first < rows; first += WIDTH) {
-        const int64_t width = rows - first < WIDTH ? rows - first : WIDTH;
+        const int64_t width = least(rows - first, WIDTH);
         for (int64_t u = 0; u < units; u++)
             for (int64_t m = 0; m < width; m++, out += UNIT)
                 for (int j = 0; j < 4; j++)
@@ -196,6 +233,9 @@ static pass_function choose_pass(const matmul_args *a) {
 #ifdef X86
     if (a->level == AVX512) return pass_avx512;
     if (a->level == AVX2) return pass_avx2;
+#endif
+#ifdef ARM
+    if (a->level == NEON) return pass_neon;
 #endif
     return pass_scalar;
 }
@@ -215,12 +255,12 @@ int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t 
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
     for (int64_t group = 0; group < groups; group++) {
         const int64_t row = group * ROWS;
-        const int count = (int)(n - row < ROWS ? n - row : ROWS);
+        const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
         decode_scales(&a->w, row * units, count * units, shift, scales);
         matmul_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, a->w.table, permuted, units, {{0}}};
         for (int64_t first = 0; first < rows; first += WIDTH) {
-            const int width = (int)(rows - first < WIDTH ? rows - first : WIDTH);
+            const int width = (int)least(rows - first, WIDTH);
             run(count, width, &pass);
             for (int r = 0; r < count; r++)
                 for (int m = 0; m < width; m++) store(y, (first + m) * n + row + r, pass.sums[r][m], dtype);

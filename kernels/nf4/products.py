@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
-from .checks import check_packed, check_x
-from .codebook import check_kind
+from .checks import check_bias, check_packed, check_x
+from .codebook import Kind, check_kind
 from .ops import dequantize
 from .reference import Nested
 
@@ -34,12 +34,14 @@ def matmul(
     kind: str = "nf4",
     block_size: int = 64,
     nested: Nested | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Y = x Wᵀ, where W [N, K] is what `dequantize` gives for the other arguments.
+    """Y = x Wᵀ + b, where W [N, K] is what `dequantize` gives for the other arguments.
 
     x:       [..., K], float32, float16, bfloat16, or (reference only) float64.
     shape:   (N, K); packed, absmax, nested, kind, block_size as for dequantize.
+    bias:    [N] in the dtype of x. A fused product rounds y before it adds the bias, the platform's GEMM after.
     backend: "triton" and "c" multiply the packed weight, in float32 sums. "reference" decodes it to the dtype
              of x first. None takes a fused one for few rows (FUSED_ROWS[dtype], GPU_FUSED_ROWS) where it can run.
     Returns y [..., N] in the dtype of x. It has no gradient: see quant.QuantizedLinear.
@@ -48,16 +50,18 @@ def matmul(
     known = check_kind(kind)
     check_packed(packed, absmax, nested, shape, block_size)
     check_x(x, shape, packed.device)
+    check_bias(bias, shape[0], x)
     obstacles = {"triton": _why_no_unit(shape, block_size), "c": _why_not_fused(shape, block_size)}
     if backend is None and x.numel() > _fused_rows(x) * shape[1]:
         obstacles = {"triton": "x has many rows", "c": "x has many rows"}
     chosen = choose_backend(x.device, x.dtype, backend, obstacles=obstacles)
     if chosen == "triton":
-        return gpu.matmul(x, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
-    if chosen == "c":
-        return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)(x.contiguous())
-    weight = dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=x.dtype, nested=nested)
-    return F.linear(x, weight)
+        y = gpu.matmul(x, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+    elif chosen == "c":
+        y = cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)(x.contiguous())
+    else:
+        return F.linear(x, _decode(packed, absmax, nested, shape, known, block_size, x.dtype), bias)
+    return y if bias is None else y.add_(bias)
 
 
 def matmul_backward(
@@ -87,8 +91,23 @@ def matmul_backward(
         obstacles["triton"] = "dy has many rows"
     if choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles) == "triton":
         return gpu.matmul_backward(dy, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
-    weight = dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dy.dtype, nested=nested)
-    return dy @ weight
+    return dy @ _decode(packed, absmax, nested, shape, known, block_size, dy.dtype)
+
+
+def _decode(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Nested | None,
+    shape: Sequence[int],
+    kind: Kind,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W in `dtype`, for immediate use: on the CPU the next call overwrites it."""
+    out = scratch.take(tuple(shape), dtype) if packed.device.type == "cpu" else None
+    return dequantize(
+        packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested, out=out
+    )
 
 
 def prepare_matmul(

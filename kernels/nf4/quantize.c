@@ -48,6 +48,10 @@ static decision_tree grow(const quantize_args *a) {
 static const float TINY = 1e-38f; /* reference.py */
 static const uint32_t INFINITY_BITS = 0x7f800000, MAGNITUDE = 0x7fffffff;
 
+INLINE uint32_t larger(uint32_t a, uint32_t b) {
+    return a > b ? a : b;
+}
+
 /* What one block is multiplied by. Stores its absmax; `largest` is the bits of it. */
 INLINE float begin_block(const quantize_args *a, int64_t block, uint32_t largest) {
     const float absmax = float_of(largest);
@@ -65,10 +69,7 @@ INLINE uint8_t code_of(const decision_tree *tree, float x) {
 
 static uint32_t magnitude_of(const void *w, int64_t start, int64_t end, int32_t dtype) {
     uint32_t largest = 0;
-    for (int64_t i = start; i < end; i++) {
-        const uint32_t magnitude = bits_of(load(w, i, dtype)) & MAGNITUDE;
-        largest = magnitude > largest ? magnitude : largest;
-    }
+    for (int64_t i = start; i < end; i++) largest = larger(largest, bits_of(load(w, i, dtype)) & MAGNITUDE);
     return largest;
 }
 
@@ -78,7 +79,7 @@ static uint32_t quantize_scalar(const quantize_args *a, const decision_tree *tre
     for (int64_t block = first; block < last; block++) {
         const int64_t start = block * a->block_size, end = start + a->block_size;
         const uint32_t largest = magnitude_of(a->w, start, end, dtype);
-        overall = largest > overall ? largest : overall;
+        overall = larger(overall, largest);
         const float factor = begin_block(a, block, largest);
         for (int64_t i = start; i < end; i += 2) {
             const uint8_t high = code_of(tree, load(a->w, i, dtype) * factor);
@@ -128,8 +129,8 @@ TARGET_AVX2 static uint32_t quantize_avx2(const quantize_args *a, const decision
             most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load_avx2(a->w, i, dtype)), magnitude));
         uint32_t lanes[8], largest = 0;
         _mm256_storeu_si256((__m256i *)lanes, most);
-        for (int l = 0; l < 8; l++) largest = lanes[l] > largest ? lanes[l] : largest;
-        overall = largest > overall ? largest : overall;
+        for (int l = 0; l < 8; l++) largest = larger(largest, lanes[l]);
+        overall = larger(overall, largest);
         const __m256 factor = _mm256_set1_ps(begin_block(a, block, largest));
         for (int64_t i = start; i < end; i += 32) {
             __m256i path[4];
@@ -169,7 +170,7 @@ TARGET_AVX512 static uint32_t quantize_avx512(const quantize_args *a, const deci
         for (int64_t i = start; i < end; i += 16)
             most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load_avx512(a->w, i, dtype)), magnitude));
         const uint32_t largest = (uint32_t)_mm512_reduce_max_epi32(most);
-        overall = largest > overall ? largest : overall;
+        overall = larger(overall, largest);
         const __m512 factor = _mm512_set1_ps(begin_block(a, block, largest));
         for (int64_t i = start; i < end; i += 16) {
             const __m512i path = path_avx512(tree, _mm512_mul_ps(load_avx512(a->w, i, dtype), factor));
@@ -184,12 +185,65 @@ TARGET_AVX512 static uint32_t quantize_avx512(const quantize_args *a, const deci
 
 #endif /* X86 */
 
+#ifdef ARM
+
+/* NEON. A 32-bit lane holds the places of the 4 bytes of level[path], which are 4 * path + 0, 1, 2 and 3. */
+
+INLINE uint32x4_t places_neon(const decision_tree *tree, float32x4_t x) {
+    uint32x4_t places = vdupq_n_u32(0x03020100), bit = vdupq_n_u32(0x04040404); /* bit 0 of the path, in each byte */
+    for (int l = 0; l < 4; l++, bit = vshlq_n_u32(bit, 1)) {
+        const uint8_t *const level = (const uint8_t *)tree->level[l];
+        const uint8x16x2_t bytes = {{vld1q_u8(level), vld1q_u8(level + 16)}}; /* of its 8 entries or fewer */
+        const float32x4_t threshold = vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(places)));
+        places = vorrq_u32(places, vandq_u32(vcgtq_f32(x, threshold), bit));
+    }
+    return places;
+}
+
+INLINE uint8x16_t codes_neon(const decision_tree *tree, const void *w, int64_t i, int32_t dtype, float factor) { /* of 16 */
+    uint16x8_t places[4];
+    for (int p = 0; p < 4; p++)
+        places[p] = vreinterpretq_u16_u32(places_neon(tree, vmulq_n_f32(load_neon(w, i + 4 * p, dtype), factor)));
+    const uint8x16_t low = vreinterpretq_u8_u16(vuzp1q_u16(places[0], places[1]));
+    const uint8x16_t high = vreinterpretq_u8_u16(vuzp1q_u16(places[2], places[3]));
+    const uint8x16_t path = vshrq_n_u8(vuzp1q_u8(low, high), 2); /* the first byte of every lane was 4 * path */
+    return vqtbl1q_u8(vld1q_u8(tree->byte), path);
+}
+
+static uint32_t quantize_neon(const quantize_args *a, const decision_tree *tree, int64_t first, int64_t last) {
+    const int32_t dtype = a->dtype;
+    uint32_t overall = 0;
+    for (int64_t block = first; block < last; block++) {
+        const int64_t start = block * a->block_size, end = start + a->block_size;
+        uint32x4_t most = vdupq_n_u32(0);
+        for (int64_t i = start; i < end; i += 4) {
+            const uint32x4_t bits = vreinterpretq_u32_f32(load_neon(a->w, i, dtype));
+            most = vmaxq_u32(most, vandq_u32(bits, vdupq_n_u32(MAGNITUDE)));
+        }
+        const uint32_t largest = vmaxvq_u32(most);
+        overall = larger(overall, largest);
+        const float factor = begin_block(a, block, largest);
+        for (int64_t i = start; i < end; i += 32) {
+            const uint8x16_t first16 = codes_neon(tree, a->w, i, dtype, factor);
+            const uint8x16_t second16 = codes_neon(tree, a->w, i + 16, dtype, factor);
+            const uint8x16_t even = vuzp1q_u8(first16, second16), odd = vuzp2q_u8(first16, second16);
+            vst1q_u8(a->packed + i / 2, vsliq_n_u8(odd, even, 4)); /* 16 * even + odd */
+        }
+    }
+    return overall;
+}
+
+#endif /* ARM */
+
 typedef uint32_t (*quantize_blocks)(const quantize_args *, const decision_tree *, int64_t first, int64_t last);
 
 static quantize_blocks choose_quantize(const quantize_args *a) {
 #ifdef X86
     if (a->level == AVX512) return quantize_avx512;
     if (a->level == AVX2) return quantize_avx2;
+#endif
+#ifdef ARM
+    if (a->level == NEON) return quantize_neon;
 #endif
     return quantize_scalar;
 }
@@ -204,13 +258,9 @@ int32_t qlorag_nf4_quantize(const quantize_args *a) {
 #pragma omp parallel for schedule(static) num_threads(a->threads) if (tasks > 1 && a->threads > 1) reduction(max : largest)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t first = task * step;
-        const uint32_t found = run(a, &tree, first, first + step < blocks ? first + step : blocks);
-        largest = found > largest ? found : largest;
+        largest = larger(largest, run(a, &tree, first, least(first + step, blocks)));
     }
-    if (a->numel % a->block_size) {
-        const uint32_t found = quantize_ragged(a, &tree, blocks);
-        largest = found > largest ? found : largest;
-    }
+    if (a->numel % a->block_size) largest = larger(largest, quantize_ragged(a, &tree, blocks));
     return largest < INFINITY_BITS;
 }
 
@@ -219,13 +269,12 @@ int32_t qlorag_nf4_quantize(const quantize_args *a) {
 void qlorag_nf4_quantize_absmax(const float *absmax, const float *offset, const uint8_t *grid, int64_t count, uint8_t *codes,
                                 float *nested) {
     for (int64_t start = 0; start < count; start += NESTED_BLOCK_SIZE) {
-        const int64_t n = count - start < NESTED_BLOCK_SIZE ? count - start : NESTED_BLOCK_SIZE;
+        const int64_t n = least(count - start, NESTED_BLOCK_SIZE);
         float centred[NESTED_BLOCK_SIZE];
         uint32_t largest = 0;
         for (int64_t i = 0; i < n; i++) {
             centred[i] = absmax[start + i] - *offset;
-            const uint32_t magnitude = bits_of(centred[i]) & MAGNITUDE;
-            largest = magnitude > largest ? magnitude : largest;
+            largest = larger(largest, bits_of(centred[i]) & MAGNITUDE);
         }
         nested[start / NESTED_BLOCK_SIZE] = float_of(largest);
         const float factor = 1.0f / float_of(largest);

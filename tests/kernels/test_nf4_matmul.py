@@ -124,6 +124,24 @@ def test_the_choice_of_backend():
     assert any(s.operation == "nf4.matmul" and s.backend == "c" for s in nf4.available_backends())
 
 
+def test_the_backward_is_the_product_with_the_decoded_weight():
+    w = packed_weight(9, 128)
+    for dtype in FLOATS:
+        dy = torch.randn(2, 3, 9, generator=generator()).to(dtype)
+        assert torch.equal(nf4.matmul_backward(dy, **w), dy @ nf4.dequantize(**w, dtype=dtype))
+    with pytest.raises(QuantizationError, match=r"dy has shape \[2, 8\]: wanted \[..., 9\]"):
+        nf4.matmul_backward(torch.zeros(2, 8), **w)
+    with pytest.raises(QuantizationError, match="backend='c' cannot run: there is no C kernel"):
+        nf4.matmul_backward(dy, **w, backend="c")
+
+
+def test_a_bias_is_added():
+    w, bias = packed_weight(9, 128), torch.randn(9, generator=generator())
+    for rows in (1, 50):  # fused, decoded
+        x = torch.randn(rows, 128, generator=generator())
+        torch.testing.assert_close(nf4.matmul(x, **w, bias=bias), nf4.matmul(x, **w) + bias)
+
+
 def test_a_prepared_product_keeps_its_weight_alive():
     w = packed_weight(33, 128)
     x = torch.randn(2, 128, generator=generator())
@@ -150,6 +168,11 @@ ONE = torch.ones(1)
         (torch.zeros(2, 64), {"shape": (5, 1, 64)}, r"shape=\[5, 1, 64\]: the weight of a product has shape"),
         (torch.zeros(2, 64), {"nested": Nested(ONE, ONE.double())}, "nested.offset is torch.float64"),
         (torch.zeros(2, 64), {"kind": "nf8"}, "kind='nf8'"),
+        (
+            torch.zeros(2, 64),
+            {"bias": torch.zeros(4)},
+            r"bias is torch.float32 \[4\] on cpu: wanted torch.float32 \[5\]",
+        ),
         (torch.zeros(2, 64), {"backend": "cuda"}, "backend='cuda' does not exist"),
     ],
 )

@@ -111,9 +111,9 @@ def assert_same_scales(absmax: torch.Tensor) -> None:
 def test_backends_are_named():
     statuses = {(s.operation, s.backend): s for s in nf4.available_backends()}
     assert statuses["nf4.quantize", "c"].available and statuses["nf4.quantize", "reference"].available
-    assert set(ops.QUANTIZE) == set(ops.QUANTIZE_ABSMAX) == {"c", "reference"}
+    assert set(ops.QUANTIZE) == set(ops.QUANTIZE_ABSMAX) == {"triton", "c", "reference"}
     for call in (nf4.quantize, nf4.quantize_absmax):
-        with pytest.raises(QuantizationError, match="backend='cuda' does not exist: there are c, reference"):
+        with pytest.raises(QuantizationError, match="backend='cuda' does not exist: there are triton, c, reference"):
             call(torch.ones(4), backend="cuda")
     with pytest.raises(QuantizationError, match=r"absmax is not contiguous \(strides \(2,\)\)"):
         nf4.quantize_absmax(torch.ones(8)[::2])

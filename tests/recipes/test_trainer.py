@@ -34,9 +34,11 @@ def example(seed: int, n: int, prompt: int) -> Example:
 EXAMPLES = [example(1, 12, 4), example(2, 31, 20), example(3, 7, 6), example(4, 18, 3), example(5, 25, 24)]
 
 
-def adapted(folder: Path, *, quantize: str | None = None, dropout: float = 0.0, dtype: Any = torch.float32) -> Decoder:
+def adapted(
+    folder: Path, *, quantize: str | None = None, dropout: float = 0.0, dtype: Any = torch.float32, r: int = 4
+) -> Decoder:
     model = load_model(folder, quantize=quantize, dtype=dtype)
-    attach(model, LoRAConfig(r=4, alpha=8, dropout=dropout), seed=1)
+    attach(model, LoRAConfig(r=r, alpha=2 * r, dropout=dropout), seed=1)
     with torch.no_grad():  # B starts at zero, which would hide the gradient of A
         for name, p in trainable_parameters(model):
             if "lora_B" in name:
@@ -103,6 +105,7 @@ def test_learning_rate_by_hand() -> None:
         {"learning_rate": float("nan")},
         {"warmup": 2.0},
         {"clip": -1.0},
+        {"optimizer": "sgd"},
     ],
 )
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
@@ -127,16 +130,24 @@ def test_training_learns_and_leaves_the_base_alone(tiny_dir: Path) -> None:
     assert before == after
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tiny_dir: Path) -> None:
-    model = adapted(tiny_dir)
-    trainer = Trainer(model, EXAMPLES, TrainSettings(iters=9, batch_size=2))
+# At rank 64 the tiny model's matrices have 4096 elements, from which on their moments are kept in 8 bits.
+OPTIMIZERS = pytest.mark.parametrize(("optimizer", "rank"), [("adamw", 4), ("adamw8bit", 64)])
+
+
+@OPTIMIZERS
+def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, rank: int, tiny_dir: Path) -> None:
+    model = adapted(tiny_dir, r=rank)
+    trainer = Trainer(model, EXAMPLES, TrainSettings(iters=9, batch_size=2, optimizer=optimizer))
     trainer.take_step()
     kept = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    moments = {n: t.clone() for n, t in trainer.optimizer.state().items()}
+    assert any(t.dtype == torch.uint8 for t in moments.values()) == (optimizer == "adamw8bit")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     report = trainer.take_step()
     assert report.skipped and math.isnan(report.loss)
     assert all(torch.equal(kept[n], p) for n, p in trainer.parameters.items())
+    assert all(torch.equal(moments[n], t) for n, t in trainer.optimizer.state().items())
     trainer.take_step()
     with pytest.raises(TrainingError, match=r"step 4: loss nan .* 3 times in a row \(last rows: lines"):
         trainer.take_step()
@@ -222,11 +233,15 @@ def losses(folder: Path) -> list[tuple[str, int, float]]:
     return [(e["event"], e["step"], e["loss"]) for e in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_a_run_killed_and_resumed_ends_with_the_same_bits(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
-    assert main(train(tiny_dir, data, tmp_path / "whole")) == 0
+@OPTIMIZERS
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(
+    optimizer: str, rank: int, tiny_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ["--optimizer", optimizer, "--rank", str(rank)]
+    assert main(train(tiny_dir, data, tmp_path / "whole", *flags)) == 0
     cut = tmp_path / "cut"
     child = subprocess.Popen(
-        [sys.executable, "-m", "qlorag.recipes.cli", *train(tiny_dir, data, cut)],
+        [sys.executable, "-m", "qlorag.recipes.cli", *train(tiny_dir, data, cut, *flags)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -235,7 +250,9 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(tiny_dir: Path, data: 
     child.kill()
     child.wait()
     assert not (cut / "adapter_model.safetensors").exists(), "killed too late to test anything"
-    assert main(train(tiny_dir, data, cut, "--resume")) == 0
+    moments = load_file(cut / "checkpoints" / "step-0000005" / "optimizer.safetensors").values()
+    assert {t.dtype for t in moments} >= ({torch.uint8} if optimizer == "adamw8bit" else {torch.float32})
+    assert main(train(tiny_dir, data, cut, "--resume", *flags)) == 0
     assert weights(cut) == weights(tmp_path / "whole")
     assert losses(cut) == losses(tmp_path / "whole")
     # A second run of the same command is the same too, and only the newest checkpoints stay.
@@ -264,6 +281,8 @@ def test_resume_refuses_other_settings_and_start_refuses_to_overwrite(
     assert main(train(tiny_dir, data, out, "--resume")) == 1
     assert "data was '" in capsys.readouterr().err
     (data / "train.jsonl").write_text(rows)
+    assert main(train(tiny_dir, data, out, "--resume", "--optimizer", "adamw8bit")) == 1
+    assert "optimizer was 'adamw' and is 'adamw8bit'" in capsys.readouterr().err
     assert main(train(tiny_dir, data, out, "--resume", "--dtype", "bfloat16")) == 1
     assert "dtype was 'torch.float32' and is 'torch.bfloat16'" in capsys.readouterr().err
     assert weights(out) == before

@@ -1,0 +1,118 @@
+"""The operations as torch sees them: for torch.compile, which cannot look into ctypes or a launch of Triton.
+
+Registered under the name of the package (`torch.ops.qlorag.nf4_matmul` here, another where this folder was copied),
+with what they give for tensors without data, and with a gradient. Eager code does not come this way: a call through torch's
+dispatcher costs 50 µs, and the first one imports 150 MB of torch's compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import dequantize
+from .products import matmul, matmul_backward
+from .reference import Nested
+
+NAMESPACE = __name__.split(".")[0]
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
+
+
+def _nested(absmax: Tensor | None, offset: Tensor | None) -> Nested | None:
+    return None if absmax is None or offset is None else Nested(absmax, offset)
+
+
+def _dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    nested = _nested(nested_absmax, nested_offset)
+    return dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested)
+
+
+def _matmul(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    out_features: int,
+    kind: str,
+    block_size: int,
+) -> Tensor:
+    nested, shape = _nested(nested_absmax, nested_offset), (out_features, x.shape[-1])
+    return matmul(x.detach(), packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+
+
+def _matmul_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    kind: str,
+    block_size: int,
+) -> Tensor:
+    nested, shape = _nested(nested_absmax, nested_offset), (dy.shape[-1], in_features)
+    dy = dy.detach().contiguous()
+    return matmul_backward(dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+
+
+nf4_dequantize = torch.library.custom_op(
+    f"{NAMESPACE}::nf4_dequantize",
+    _dequantize,
+    mutates_args=(),
+    schema=f"({_WEIGHT}, SymInt[] shape, str kind, int block_size, ScalarType dtype) -> Tensor",
+)
+nf4_matmul = torch.library.custom_op(
+    f"{NAMESPACE}::nf4_matmul",
+    _matmul,
+    mutates_args=(),
+    schema=f"(Tensor x, {_WEIGHT}, SymInt out_features, str kind, int block_size) -> Tensor",
+)
+nf4_matmul_backward = torch.library.custom_op(
+    f"{NAMESPACE}::nf4_matmul_backward",
+    _matmul_backward,
+    mutates_args=(),
+    schema=f"(Tensor dy, {_WEIGHT}, SymInt in_features, str kind, int block_size) -> Tensor",
+)
+
+
+@nf4_dequantize.register_fake
+def _(packed, absmax, nested_absmax, nested_offset, shape, kind, block_size, dtype):  # type: ignore[no-untyped-def]
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@nf4_matmul.register_fake
+def _(x, packed, absmax, nested_absmax, nested_offset, out_features, kind, block_size):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@nf4_matmul_backward.register_fake
+def _(dy, packed, absmax, nested_absmax, nested_offset, in_features, kind, block_size):  # type: ignore[no-untyped-def]
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, nested_absmax, nested_offset, _, *ctx.options = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    # dx = dy W;  W is frozen
+    dx = nf4_matmul_backward(dy, *ctx.saved_tensors, ctx.in_features, *ctx.options)
+    return dx, None, None, None, None, None, None, None
+
+
+nf4_matmul.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,50 @@
+"""AddressSanitizer and UndefinedBehaviorSanitizer over the C kernels: every operation at every instruction set.
+
+driver.c runs them outside of Python, each buffer in a heap allocation of exactly its size, so that one byte read or
+written beyond is an error. It is built without OpenMP, whose runtime is not instrumented: each task then runs on the
+one thread, and touches the same bytes as it would on another. NEON is in test_neon.py, with closed pages instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from signal import SIGBUS, SIGSEGV
+
+import pytest
+from qlorag.kernels.nf4.cpu import DTYPES
+
+FLAGS = ("-O1", "-g", "-DHEAP", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def driver(build_driver):
+    return build_driver("cc", *FLAGS)
+
+
+@pytest.mark.parametrize("operation", ["dequantize", "quantize", "matmul", "large"])
+def test_nothing_outside_the_buffers_nothing_undefined(driver, calls, level, operation):
+    driver.check(calls[operation], level)
+
+
+def test_one_byte_too_few_is_caught(driver, one_byte_short, level):
+    done = driver.start(one_byte_short(level))
+    assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
+
+
+def test_what_is_undefined_is_caught(driver, calls, level):
+    done = driver.start(dataclasses.replace(calls["dequantize"][0], block_size=0).encode(level))
+    assert done.returncode != 0 and "runtime error: division by zero" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def guarded(build_driver):
+    return build_driver("cc")
+
+
+def test_streaming_stores_end_with_the_buffer(guarded, calls, level):
+    """The sanitizer does not know these instructions. The processor does: the next page is closed."""
+    streamed = [call for call in calls["dequantize"] if call.stream and call.outputs[0].nbytes % 64 == 0]
+    assert {call.dtype for call in streamed} == set(DTYPES)
+    guarded.check(streamed, level)
+    short = streamed[-1].encode(level, short=6, by=64)  # 64, so that it begins where it may be streamed to
+    assert guarded.start(short).returncode in (-SIGSEGV, -SIGBUS)

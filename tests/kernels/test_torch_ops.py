@@ -1,0 +1,85 @@
+"""The operations under torch's own inspection, and a layer under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qlorag.kernels import nf4
+from qlorag.kernels.nf4 import torch_ops
+from qlorag.lora import LoRAConfig, attach
+from qlorag.quant import QuantizedLinear, quantize_linears
+from torch import nn
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def parts(n, k, *, double_quant):
+    packed, absmax = nf4.quantize(torch.randn(n, k, generator=generator()))
+    if not double_quant:
+        return packed, absmax, None, None
+    codes, nested = nf4.quantize_absmax(absmax)
+    return packed, codes, nested.absmax, nested.offset
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_opcheck(double_quant):
+    """Schema, fake tensors, autograd registration and AOT dispatch, as torch checks them."""
+    weight = parts(48, 64, double_quant=double_quant)
+    x = torch.randn(3, 64, generator=generator(), requires_grad=True)
+    dy = torch.randn(3, 48, generator=generator())
+    torch.library.opcheck(torch_ops.nf4_dequantize, (*weight, [48, 64], "nf4", 64, torch.bfloat16))
+    torch.library.opcheck(torch_ops.nf4_matmul, (x, *weight, 48, "nf4", 64))
+    torch.library.opcheck(torch_ops.nf4_matmul_backward, (dy, *weight, 64, "nf4", 64))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapted_quantized_layer_compiles_into_one_graph(autocast):
+    """Forward and backward, against eager; `fullgraph` makes every graph break an error."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64))
+    quantize_linears(model)
+    attach(model, LoRAConfig(r=4, targets=["0", "2"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert any(isinstance(m, QuantizedLinear) for m in model.modules())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for form in (model, compiled):
+        x = torch.randn(30, 64, generator=generator(), requires_grad=True)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = form(x)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 6
+    for eager, graph in zip(*results, strict=True):
+        # The same operations on the same numbers, but for the order in which gradients meet.
+        tolerance = 0.02 if autocast else 1e-5
+        torch.testing.assert_close(graph, eager, rtol=tolerance, atol=tolerance * eager.abs().max().item())
+
+
+def test_a_compiled_layer_serves_without_a_gradient_too():
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 48))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 64, generator=generator())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_eager_code_does_not_load_the_compiler():
+    import subprocess
+    import sys
+
+    script = """
+import sys, torch
+from qlorag.quant import QuantizedLinear
+layer = QuantizedLinear.from_linear(torch.nn.Linear(64, 48))
+layer(torch.zeros(2, 64)), layer(torch.zeros(40, 64, requires_grad=True)).sum().backward()
+print(sorted(m for m in sys.modules if m.startswith(("torch._dynamo", "torch._inductor", "triton")))[:3])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -37,6 +37,10 @@ typedef struct {
     int64_t numel, block_size;
 } packed_tensor;
 
+INLINE int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 /* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. Any NaN
    becomes the plain one, whose low bits are 0: then rounding by addition keeps it a NaN. */
 INLINE float scale_of(const packed_tensor *q, int64_t block) {
@@ -50,8 +54,9 @@ INLINE float scale_of(const packed_tensor *q, int64_t block) {
     return scale == scale ? scale : NAN;
 }
 
-INLINE int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
+/* The same of `count` blocks from `first` on. */
+static void scales_of(const packed_tensor *q, int64_t first, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) out[i] = scale_of(q, first + i);
 }
 
 /* Float32 to 16 bits, to nearest even, and back. */
@@ -116,6 +121,27 @@ TARGET_AVX512 INLINE __m512 load_avx512(const void *x, int64_t i, int32_t dtype)
     const __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)x + i));
     if (dtype == FLOAT16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* As scales_of, 16 at a time. The arguments of one multiplication share a nested scale: 256 blocks are 16 times 16. */
+TARGET_AVX512 static void scales_avx512(const packed_tensor *q, int64_t first, int64_t count, float *out) {
+    const __m512 quiet = _mm512_set1_ps(NAN);
+    for (int64_t i = 0, step; i < count; i += step) {
+        const int64_t block = first + i;
+        step = least(count - i, 16 - block % 16);
+        const __mmask16 here = (__mmask16)((1u << step) - 1);
+        __m512 scale;
+        if (q->nested_absmax) {
+            const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, (const uint8_t *)q->absmax + block));
+            const __m512 first_scale = _mm512_i32gather_ps(code, q->dynamic, 4);
+            scale = _mm512_mul_ps(first_scale, _mm512_set1_ps(q->nested_absmax[block / NESTED_BLOCK_SIZE]));
+            scale = _mm512_add_ps(scale, _mm512_set1_ps(*q->nested_offset));
+        } else {
+            scale = _mm512_maskz_loadu_ps(here, (const float *)q->absmax + block);
+        }
+        scale = _mm512_mask_mov_ps(scale, _mm512_cmp_ps_mask(scale, scale, _CMP_UNORD_Q), quiet);
+        _mm512_mask_storeu_ps(out + i, here, scale);
+    }
 }
 
 #endif /* X86 */

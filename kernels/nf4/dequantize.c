@@ -143,12 +143,14 @@ TARGET_AVX2 static void blocks_16_avx2(const dequantize_args *a, int64_t first, 
 
 /* AVX-512 (F, BW, VL, DQ). */
 
+enum { SCALES = 64 }; /* decoded at a time */
+
 /* 16 x float32 -> 16 lanes of 32 bits, each holding its bfloat16 (or float16) in both halves */
 TARGET_AVX512 static inline __m512i twice_bfloat16(__m512 x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i even = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even);
-    return _mm512_or_si512(_mm512_srli_epi32(rounded, 16), _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff0000)));
+    return _mm512_shuffle_epi8(rounded, _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15)));
 }
 
 TARGET_AVX512 static inline __m512i twice_float16(__m512 x) {
@@ -158,16 +160,22 @@ TARGET_AVX512 static inline __m512i twice_float16(__m512 x) {
 
 TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t first, int64_t last) {
     const __m512 table = _mm512_loadu_ps(a->q.table);
+    const __m512i shifts = _mm512_broadcast_i64x4(_mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24)); /* of nibbles, in order */
+    float scales[SCALES];
     for (int64_t block = first; block < last; block++) {
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         float *out = (float *)a->out + start;
-        const float scale = scale_of(&a->q, block);
+        const int64_t ahead = (block - first) % SCALES;
+        if (ahead == 0) scales_avx512(&a->q, block, least(last - block, SCALES), scales);
+        const float scale = scales[ahead];
         const __m512 lut = _mm512_mul_ps(table, _mm512_set1_ps(scale));
         for (int64_t i = 0; i < whole; i += 16) {
-            /* Each byte b goes to a 64-bit lane: low half b >> 4, high half b. vpermps reads 4 bits of a half. */
-            const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
-            const __m512i code = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+            /* 8 lanes of one dword, 8 of the next; each shifts its own nibble down. vpermps reads the lowest 4 bits. */
+            int32_t words[2];
+            memcpy(words, packed + i / 2, 8);
+            const __m512i word = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0]), 0xff00, words[1]);
+            const __m512i code = _mm512_srlv_epi32(word, shifts);
             const __m512 values = _mm512_permutexvar_ps(code, lut);
             if (a->stream) _mm512_stream_ps(out + i, values);
             else _mm512_storeu_ps(out + i, values);
@@ -178,18 +186,27 @@ TARGET_AVX512 static void blocks_32_avx512(const dequantize_args *a, int64_t fir
 
 TARGET_AVX512 static void blocks_16_avx512(const dequantize_args *a, int64_t first, int64_t last) {
     const __m512 table = _mm512_loadu_ps(a->q.table);
+    const __m512i shifts = _mm512_set1_epi32(7 << 16 | 11);
+    /* 128-bit part p of the register takes bytes 4p .. 4p + 3, each four times: two lanes, both halves. */
+    const __m512i four = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
+    const __m512i part = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(4), 1)),
+                                            _mm256_inserti128_si256(_mm256_set1_epi8(8), _mm_set1_epi8(12), 1), 1);
+    const __m512i twice = _mm512_add_epi8(four, part);
+    float scales[SCALES];
     for (int64_t block = first; block < last; block++) {
         const int64_t start = block * a->q.block_size, n = length_of(a, block), whole = n & ~(int64_t)31;
         const uint8_t *packed = a->q.packed + start / 2;
         uint16_t *out = (uint16_t *)a->out + start;
-        const float scale = scale_of(&a->q, block);
+        const int64_t ahead = (block - first) % SCALES;
+        if (ahead == 0) scales_avx512(&a->q, block, least(last - block, SCALES), scales);
+        const float scale = scales[ahead];
         const __m512 scaled = _mm512_mul_ps(table, _mm512_set1_ps(scale));
         const __m512i lut = a->dtype == BFLOAT16 ? twice_bfloat16(scaled) : twice_float16(scaled);
         for (int64_t i = 0; i < whole; i += 32) {
-            /* Each byte b goes to a 32-bit lane. vpermw reads 5 bits of each half: the code in bits 1 to 4, and any
-               bit 0, because every entry stands twice. So b >> 3 in the low half and b << 1 in the high one. */
-            const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
-            const __m512i code = _mm512_or_si512(_mm512_srli_epi32(byte, 3), _mm512_slli_epi32(byte, 17));
+            /* Byte b goes to the high half of two 16-bit lanes, which shift their own nibble down to bits 1 to 4.
+               vpermw reads 5 bits; bit 0 may be anything, because every entry stands twice. */
+            const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
+            const __m512i code = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, twice), shifts);
             const __m512i values = _mm512_permutexvar_epi16(code, lut);
             if (a->stream) _mm512_stream_si512((__m512i *)(out + i), values);
             else _mm512_storeu_si512(out + i, values);

@@ -193,21 +193,15 @@ static void pass_neon(int rows, int width, matmul_pass *p) { /* each call is inl
 
 #endif /* ARM */
 
-/* The scale of each of `count` units from `first` on, where a block is 2^shift units. Same numbers as scale_of, in
-   runs that share a nested scale. */
-static void decode_scales(const packed_tensor *w, int64_t first, int64_t count, int shift, float *out) {
-    if (!w->nested_absmax) {
-        for (int64_t u = 0; u < count; u++) out[u] = ((const float *)w->absmax)[(first + u) >> shift];
-        return;
-    }
-    const uint8_t *codes = w->absmax;
-    const float *dynamic = w->dynamic, offset = *w->nested_offset;
-    for (int64_t u = 0; u < count;) {
-        const int64_t nested = ((first + u) >> shift) / NESTED_BLOCK_SIZE, next = ((nested + 1) * NESTED_BLOCK_SIZE << shift) - first;
-        const float scale = w->nested_absmax[nested];
-        for (const int64_t end = least(next, count); u < end; u++)
-            out[u] = dynamic[codes[(first + u) >> shift]] * scale + offset;
-    }
+/* The scale of each of `count` units from `first` on, where a block is 2^shift units. */
+static void scales_of_units(const matmul_args *a, int64_t first, int64_t count, int shift, float *out) {
+    const int64_t block = first >> shift, blocks = ((first + count - 1) >> shift) - block + 1;
+#ifdef X86
+    if (a->level == AVX512) scales_avx512(&a->w, block, blocks, out);
+    else
+#endif
+        scales_of(&a->w, block, blocks, out);
+    for (int64_t u = count - 1; shift && u >= 0; u--) out[u] = out[((first + u) >> shift) - block]; /* never further left */
 }
 
 static void store(void *y, int64_t i, float value, int32_t dtype) {
@@ -257,7 +251,7 @@ int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t 
         const int64_t row = group * ROWS;
         const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
-        decode_scales(&a->w, row * units, count * units, shift, scales);
+        scales_of_units(a, row * units, count * units, shift, scales);
         matmul_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, a->w.table, permuted, units, {{0}}};
         for (int64_t first = 0; first < rows; first += WIDTH) {
             const int width = (int)least(rows - first, WIDTH);

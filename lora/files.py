@@ -94,8 +94,18 @@ def save_adapter(
         metadata[_QUANTIZE] = json.dumps(dict(quantize), sort_keys=True)
     tensors = {key: value.to("cpu", torch.float32).contiguous() for key, value in adapter_state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS_NAME, to_safetensors(tensors, metadata))
+    _write(folder / TENSORS_NAME, _in_order(to_safetensors(tensors, metadata)))
     _write(folder / CONFIG_NAME, config.encode())
+
+
+def _in_order(file: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the writer orders it at random, and equal adapters are to
+    be equal files."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + text.ljust(length) + file[8 + length :]
 
 
 def adapter_info(directory: str | Path) -> AdapterInfo:

@@ -89,6 +89,19 @@ def test_files_on_disk(saved):
         assert KEY in file.keys()  # noqa: SIM118
 
 
+def test_equal_adapters_are_equal_files(make_llama, tmp_path):
+    """The official writer orders metadata by a hash with a random seed; 8 saves would agree by chance once in 10**6."""
+    model = make_llama()
+    attach(model, LoRAConfig(r=4, targets=["q_proj", "v_proj"]))
+    files = set()
+    for i in range(8):
+        save_adapter(model, tmp_path / str(i), quantize={"kind": "nf4", "block_size": 64}, base_fingerprint="f")
+        files.add((tmp_path / str(i) / TENSORS).read_bytes())
+    assert len(files) == 1
+    with safe_open(tmp_path / "0" / TENSORS, framework="pt") as file:
+        assert file.metadata()["format"] == "pt" and len(file.keys()) == len(adapter_state(model))
+
+
 def test_target_modules_are_exact(make_llama, tmp_path):
     model = make_llama()
     attach(model, LoRAConfig(targets=["q_proj", "up_proj"], num_layers=1))

@@ -24,6 +24,7 @@ READING = (
     ("quant/tensor.py", "a tensor of them, double-quantized: 4.127 bits a weight"),
     ("quant/linear.py", "a layer that decodes twice and stores nothing"),
     ("kernels/nf4/dequantize.c", "the same bits at the speed of memory"),
+    ("kernels/nf4/triton_matmul.py", "a product with a packed weight, for a GPU"),
     ("lora/layer.py", "what is trained: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward"),
     ("lora/files.py", "an adapter on disk, as PEFT reads it"),
     ("models/weights.py", "safetensors to the byte"),

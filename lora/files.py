@@ -100,7 +100,8 @@ def save_adapter(
 
 def _in_order(file: bytes) -> bytes:
     """The same safetensors file with its metadata sorted: the writer orders it at random, and equal adapters are to
-    be equal files."""
+    be equal files.
+    """
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

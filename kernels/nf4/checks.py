@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .codebook import Kind, check_kind
 from .errors import QuantizationError
 from .reference import NESTED_BLOCK_SIZE, Nested
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Packed(NamedTuple):
+    """A tensor in 4 bits whose parts fit each other: what kernels are given."""
+
+    packed: Tensor  # uint8 [ceil(numel / 2)]
+    absmax: Tensor  # float32 [blocks], or uint8 [blocks] with `nested`
+    nested: Nested | None
+    shape: tuple[int, ...]
+    kind: Kind
+    block_size: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 def check_weight(w: Tensor) -> None:
@@ -64,7 +81,11 @@ def check_block_size(block_size: int) -> None:
         raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
 
 
-def check_packed(packed: Tensor, absmax: Tensor, nested: Nested | None, shape: Sequence[int], block_size: int) -> None:
+def check_packed(
+    packed: Tensor, absmax: Tensor, nested: Nested | None, shape: Sequence[int], kind: str, block_size: int
+) -> Packed:
+    """The parts together. Raises QuantizationError: they do not fit each other."""
+    known = check_kind(kind)
     check_block_size(block_size)
     if not shape or min(shape) < 1:
         raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
@@ -80,6 +101,7 @@ def check_packed(packed: Tensor, absmax: Tensor, nested: Nested | None, shape: S
         nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
         _check_part("nested.absmax", nested.absmax, torch.float32, nested_blocks, packed.device)
         _check_part("nested.offset", nested.offset, torch.float32, 1, packed.device)
+    return Packed(packed, absmax, nested, tuple(shape), known, block_size)
 
 
 def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..native import LEVELS, LevelError, Library, choose_level, load
+from .checks import Packed
 from .codebook import Kind, dynamic_grid, dynamic_table, table, thresholds
 from .errors import QuantizationError
 from .reference import NESTED_BLOCK_SIZE, Nested, name_nonfinite, nested_offset
@@ -157,36 +157,25 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     return codes, Nested(nested, offset)
 
 
-def _packed_tensor(
-    packed: Tensor, absmax: Tensor, nested: Nested | None, numel: int, kind: Kind, block_size: int
-) -> _PackedTensor:
+def _packed_tensor(w: Packed) -> _PackedTensor:
     return _PackedTensor(
-        packed=packed.data_ptr(),
-        absmax=absmax.data_ptr(),
-        nested_absmax=None if nested is None else nested.absmax.data_ptr(),
-        nested_offset=None if nested is None else nested.offset.data_ptr(),
+        packed=w.packed.data_ptr(),
+        absmax=w.absmax.data_ptr(),
+        nested_absmax=None if w.nested is None else w.nested.absmax.data_ptr(),
+        nested_offset=None if w.nested is None else w.nested.offset.data_ptr(),
         dynamic=dynamic_table(_CPU).data_ptr(),
-        table=table(kind, _CPU).data_ptr(),
-        numel=numel,
-        block_size=block_size,
+        table=table(w.kind, _CPU).data_ptr(),
+        numel=w.numel,
+        block_size=w.block_size,
     )
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: tuple[int, ...],
-    kind: Kind,
-    block_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    """As ops.dequantize: on the CPU, contiguous, of the right length."""
+def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """As ops.dequantize."""
     if out is None:
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(w.shape, dtype=dtype)
     args = _DequantizeArgs(
-        q=_packed_tensor(packed, absmax, nested, math.prod(shape), kind, block_size),
+        q=_packed_tensor(w),
         out=out.data_ptr(),
         dtype=DTYPES[dtype],
         level=level(),
@@ -198,23 +187,15 @@ def dequantize(
 
 
 class Matmul:
-    """y = x Wᵀ over one W, which it keeps alive. All but x is looked up once, so that a call costs little."""
+    """y = x Wᵀ over one W [N, K], which it keeps alive. All but x is looked up once, so that a call costs little."""
 
-    def __init__(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested: Nested | None,
-        shape: tuple[int, int],
-        kind: Kind,
-        block_size: int,
-    ) -> None:
-        self._tables = (table(kind, _CPU), dynamic_table(_CPU))  # kept alive, as is the weight
-        self._parts = (packed, absmax, *(nested or (None, None)))
+    def __init__(self, w: Packed) -> None:
+        self._tables = (table(w.kind, _CPU), dynamic_table(_CPU))  # kept alive, as is the weight
+        self._parts = (w.packed, w.absmax, *(w.nested or (None, None)))
         self._addresses = [0 if part is None else part.data_ptr() for part in self._parts]
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = w.shape
         self._args = _MatmulArgs(
-            w=_packed_tensor(packed, absmax, nested, math.prod(shape), kind, block_size),
+            w=_packed_tensor(w),
             out_features=self.out_features,
             in_features=self.in_features,
             level=level(),

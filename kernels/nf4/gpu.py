@@ -6,7 +6,6 @@ before that, the kernels run on tensors of the CPU, in numpy: slow, and how they
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import Packed
 from .codebook import Kind, dynamic_table, table, thresholds
 from .errors import QuantizationError
-from .reference import Nested, name_nonfinite
+from .reference import name_nonfinite
 
 TILE = 4096  # elements of one program of quantize and dequantize: 16 bytes of packed input to each of 128 threads
 FEW_ROWS = 2  # of x; with 4, tensor cores need fewer instructions although 12 of their 16 rows idle (ROOFLINE.md)
@@ -94,32 +94,22 @@ def decision_tree(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
     return tree.to(device), torch.tensor([codes[p] for p in place], dtype=torch.uint8, device=device)
 
 
-def _scales(absmax: Tensor, nested: Nested | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scales(w: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four arguments that load_scales takes; where there is no double quantization three are not read."""
-    dynamic = dynamic_table(absmax.device)
-    return (absmax, nested.absmax, nested.offset, dynamic) if nested else (absmax, dynamic, dynamic, dynamic)
+    dynamic = dynamic_table(w.absmax.device)
+    return (w.absmax, w.nested.absmax, w.nested.offset, dynamic) if w.nested else (w.absmax, dynamic, dynamic, dynamic)
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: tuple[int, ...],
-    kind: Kind,
-    block_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
+def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """As ops.dequantize."""
     from .triton_dequantize import dequantize_kernel
 
-    numel = math.prod(shape)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-    with _launching_on(packed):
-        dequantize_kernel[(-(-numel // TILE),)](
-            packed, *_scales(absmax, nested), table(kind, packed.device), out, numel, (numel + 1) // 2,
-            BLOCK_SIZE=block_size, NESTED=nested is not None, TILE=TILE,
+        out = torch.empty(w.shape, dtype=dtype, device=w.packed.device)
+    with _launching_on(out):
+        dequantize_kernel[(-(-w.numel // TILE),)](
+            w.packed, *_scales(w), table(w.kind, out.device), out, w.numel, (w.numel + 1) // 2,
+            BLOCK_SIZE=w.block_size, NESTED=w.nested is not None, TILE=TILE,
         )  # fmt: skip
     return out
 
@@ -180,73 +170,56 @@ def _split(length: int, step: int, programs: int, wanted: int) -> tuple[int, int
     return per_split, -(-length // per_split)
 
 
-def matmul(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: tuple[int, int],
-    kind: Kind,
-    block_size: int,
-) -> Tensor:
+def matmul(x: Tensor, w: Packed) -> Tensor:
     """Y = x Wᵀ: x [..., K] -> y [..., N]; both K and block_size are multiples of 32."""
     from .triton_matmul import few_rows_kernel, many_rows_kernel
 
-    n, k = shape
-    unit = unit_of(k, block_size)
+    n, k = w.shape
+    unit = unit_of(k, w.block_size)
     flat = x.reshape(-1, k).contiguous()
     m = flat.shape[0]
     plan = plan_forward(max(m, 1), n, k // unit, unit, _processors(x.device))
     y, sums = _results(flat, n, plan.splits)
-    if m == 0:
-        return y.view(*x.shape[:-1], n)
-    weight = (_words(packed), *_scales(absmax, nested), table(kind, x.device))
-    options = {"BLOCK_SIZE": block_size, "UNIT": unit, "NESTED": nested is not None, "UNITS": plan.units}
     programs = -(-n // plan.rows)
+    arguments = (flat, *_weight(w), sums, m, n, k // unit, plan.per_split)
+    options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
     with _launching_on(x):
-        if plan.few:
-            few_rows_kernel[(programs, plan.splits)](
-                flat, *weight, sums, m, n, k // unit, plan.per_split,
-                **options, BM=plan.bm, ROWS=plan.rows, num_warps=plan.warps,
-            )  # fmt: skip
-        else:
-            many_rows_kernel[(-(-m // plan.bm), programs, plan.splits)](
-                flat, *weight, sums, m, n, k // unit, plan.per_split,
-                **options, BM=plan.bm, BN=plan.rows, PRECISION=_precision(x.dtype), num_warps=plan.warps,
-            )  # fmt: skip
+        if m and plan.few:
+            few_rows_kernel[(programs, plan.splits)](*arguments, **options, ROWS=plan.rows)
+        elif m:
+            grid = (-(-m // plan.bm), programs, plan.splits)
+            many_rows_kernel[grid](*arguments, **options, BN=plan.rows, PRECISION=_precision(x.dtype))
         _add_splits(sums, y, plan.splits)
     return y.view(*x.shape[:-1], n)
 
 
-def matmul_backward(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: tuple[int, int],
-    kind: Kind,
-    block_size: int,
-) -> Tensor:
+def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
     """Dx = dy W: dy [..., N] -> dx [..., K]; both K and block_size are multiples of 32."""
     from .triton_matmul import backward_kernel
 
-    n, k = shape
-    unit = unit_of(k, block_size)
+    n, k = w.shape
+    unit = unit_of(k, w.block_size)
     flat = dy.reshape(-1, n).contiguous()
     m = flat.shape[0]
     plan = plan_backward(max(m, 1), n, k // unit, unit, _processors(dy.device))
     dx, sums = _results(flat, k, plan.splits)
-    if m == 0:
-        return dx.view(*dy.shape[:-1], k)
+    options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
     with _launching_on(dy):
-        backward_kernel[(-(-m // plan.bm), -(-(k // unit) // plan.units), plan.splits)](
-            flat, _words(packed), *_scales(absmax, nested), table(kind, dy.device), sums,
-            m, n, k // unit, plan.per_split,
-            BLOCK_SIZE=block_size, UNIT=unit, NESTED=nested is not None, BM=plan.bm, BN=plan.rows, UNITS=plan.units,
-            PRECISION=_precision(dy.dtype), num_warps=plan.warps,
-        )  # fmt: skip
+        if m:
+            backward_kernel[(-(-m // plan.bm), -(-(k // unit) // plan.units), plan.splits)](
+                flat, *_weight(w), sums, m, n, k // unit, plan.per_split,
+                **options, BN=plan.rows, PRECISION=_precision(dy.dtype),
+            )  # fmt: skip
         _add_splits(sums, dx, plan.splits)
     return dx.view(*dy.shape[:-1], k)
+
+
+def _weight(w: Packed) -> tuple[Tensor, ...]:
+    return (_words(w.packed), *_scales(w), table(w.kind, w.packed.device))
+
+
+def _options(w: Packed, unit: int) -> dict[str, Any]:
+    return {"BLOCK_SIZE": w.block_size, "UNIT": unit, "NESTED": w.nested is not None}
 
 
 def _words(packed: Tensor) -> Tensor:
@@ -268,5 +241,5 @@ def _results(x: Tensor, columns: int, splits: int) -> tuple[Tensor, Tensor]:
 def _add_splits(sums: Tensor, out: Tensor, splits: int) -> None:
     from .triton_matmul import add_splits_kernel
 
-    if splits > 1:
+    if splits > 1 and out.numel():
         add_splits_kernel[(-(-out.numel() // 1024),)](sums, out, out.numel(), SPLITS=splits, TILE=1024)

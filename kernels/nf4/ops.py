@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import cpu, gpu, reference
 from .backends import choose_backend
-from .checks import FLOATS, check_absmax, check_block_size, check_out, check_packed, check_weight
-from .codebook import Kind, check_kind
+from .checks import FLOATS, Packed, check_absmax, check_block_size, check_out, check_packed, check_weight
+from .codebook import check_kind
 from .errors import QuantizationError
 from .reference import Nested
 
@@ -69,29 +69,19 @@ def dequantize(
     Returns the result (`out` itself if given).
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
-    known = check_kind(kind)
-    check_packed(packed, absmax, nested, shape, block_size)
+    w = check_packed(packed, absmax, nested, shape, kind, block_size)
     if dtype not in (*FLOATS, torch.float64):
         raise QuantizationError(f"dtype={dtype}: dequantize gives float32, float16, bfloat16 or float64")
     if out is not None:
         check_out(out, shape, dtype, packed.device)
-    run = DEQUANTIZE[choose_backend(packed.device, dtype, backend)]
-    return run(packed, absmax, nested, tuple(shape), known, block_size, dtype, out)
+    return DEQUANTIZE[choose_backend(packed.device, dtype, backend)](w, dtype, out)
 
 
-def _dequantize_reference(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: tuple[int, ...],
-    kind: Kind,
-    block_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None,
-) -> Tensor:
-    if nested is not None:
-        absmax = reference.dequantize_absmax(absmax, nested)
-    result = reference.dequantize(packed.view(-1), absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype)
+def _dequantize_reference(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    absmax = w.absmax if w.nested is None else reference.dequantize_absmax(w.absmax, w.nested)
+    result = reference.dequantize(
+        w.packed.view(-1), absmax, shape=w.shape, kind=w.kind, block_size=w.block_size, dtype=dtype
+    )
     return result if out is None else out.copy_(result)
 
 
@@ -100,9 +90,6 @@ QUANTIZE = {"triton": gpu.quantize, "c": cpu.quantize, "reference": reference.qu
 QUANTIZE_ABSMAX = {
     "triton": reference.quantize_absmax, "c": cpu.quantize_absmax, "reference": reference.quantize_absmax
 }  # fmt: skip
-Dequantize = Callable[
-    [Tensor, Tensor, "Nested | None", tuple[int, ...], Kind, int, torch.dtype, "Tensor | None"], Tensor
-]
-DEQUANTIZE: dict[str, Dequantize] = {
+DEQUANTIZE: dict[str, Callable[[Packed, torch.dtype, Tensor | None], Tensor]] = {
     "triton": gpu.dequantize, "c": cpu.dequantize, "reference": _dequantize_reference
 }  # fmt: skip

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
-from .checks import check_bias, check_packed, check_x
-from .codebook import Kind, check_kind
-from .ops import dequantize
+from .checks import Packed, check_bias, check_packed, check_x
+from .ops import DEQUANTIZE
 from .reference import Nested
 
 FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
@@ -47,8 +46,7 @@ def matmul(
     Returns y [..., N] in the dtype of x. It has no gradient: see quant.QuantizedLinear.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
-    known = check_kind(kind)
-    check_packed(packed, absmax, nested, shape, block_size)
+    w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(x, shape, packed.device)
     check_bias(bias, shape[0], x)
     obstacles = {"triton": _why_no_unit(shape, block_size), "c": _why_not_fused(shape, block_size)}
@@ -56,11 +54,11 @@ def matmul(
         obstacles = {"triton": "x has many rows", "c": "x has many rows"}
     chosen = choose_backend(x.device, x.dtype, backend, obstacles=obstacles)
     if chosen == "triton":
-        y = gpu.matmul(x, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+        y = gpu.matmul(x, w)
     elif chosen == "c":
-        y = cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)(x.contiguous())
+        y = cpu.Matmul(w)(x.contiguous())
     else:
-        return F.linear(x, _decode(packed, absmax, nested, shape, known, block_size, x.dtype), bias)
+        return F.linear(x, _decode(w, x.dtype), bias)
     return y if bias is None else y.add_(bias)
 
 
@@ -83,31 +81,20 @@ def matmul_backward(
     Returns dx [..., K] in the dtype of dy.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
-    known = check_kind(kind)
-    check_packed(packed, absmax, nested, shape, block_size)
+    w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
     obstacles = {"triton": _why_no_unit(shape, block_size), "c": "there is no C kernel: W is decoded, then multiplied"}
     if backend is None and dy.numel() > GPU_FUSED_ROWS * shape[0]:
         obstacles["triton"] = "dy has many rows"
     if choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles) == "triton":
-        return gpu.matmul_backward(dy, packed, absmax, nested, (shape[0], shape[1]), known, block_size)
-    return dy @ _decode(packed, absmax, nested, shape, known, block_size, dy.dtype)
+        return gpu.matmul_backward(dy, w)
+    return dy @ _decode(w, dy.dtype)
 
 
-def _decode(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Nested | None,
-    shape: Sequence[int],
-    kind: Kind,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _decode(w: Packed, dtype: torch.dtype) -> Tensor:
     """W in `dtype`, for immediate use: on the CPU the next call overwrites it."""
-    out = scratch.take(tuple(shape), dtype) if packed.device.type == "cpu" else None
-    return dequantize(
-        packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested, out=out
-    )
+    out = scratch.take(w.shape, dtype) if w.packed.device.type == "cpu" else None
+    return DEQUANTIZE[choose_backend(w.packed.device, dtype, None)](w, dtype, out)
 
 
 def prepare_matmul(
@@ -123,11 +110,10 @@ def prepare_matmul(
 
     Raises QuantizationError: an argument that does not fit.
     """
-    known = check_kind(kind)
-    check_packed(packed, absmax, nested, shape, block_size)
+    w = check_packed(packed, absmax, nested, shape, kind, block_size)
     if why_not_c(packed.device, torch.float32) or _why_not_fused(shape, block_size):
         return None
-    return cpu.Matmul(packed, absmax, nested, (shape[0], shape[1]), known, block_size)
+    return cpu.Matmul(w)
 
 
 def _fused_rows(x: Tensor) -> int:

@@ -1,8 +1,8 @@
 """The operations as torch sees them: for torch.compile, which cannot look into ctypes or a launch of Triton.
 
 Registered under the name of the package (`torch.ops.qlorag.nf4_matmul` here, another where this folder was copied),
-with what they give for tensors without data, and with a gradient. Eager code does not come this way: a call through torch's
-dispatcher costs 50 µs, and the first one imports 150 MB of torch's compiler.
+with what they give for tensors without data, and with a gradient. Eager code does not come this way: a call through
+torch's dispatcher costs 50 µs, and the first one imports 150 MB of torch's compiler.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .decoder import Decoder
 from .errors import ModelError, TemplateError
@@ -119,7 +120,7 @@ class Generation:
             # Entered anew for each step: a generator that stays inside would leak the mode to its consumer.
             with torch.inference_mode():
                 hidden = model.hidden(torch.tensor([pending], device=device), cache=cache)
-                logits = model.lm_head(hidden[0, -1])  # only the last position is needed: [V]
+                logits = _head(model.lm_head, hidden[0, -1])  # only the last position is needed: [V]
                 token = sampler(logits, self.prompt_ids + self.ids)
             self._count(time.perf_counter() - began)
             if token in tok.eos_ids:
@@ -240,3 +241,11 @@ def peak_memory_bytes() -> int:
         return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _head(head: nn.Module, h: Tensor) -> Tensor:
+    """Logits [V] of one position h [D]. A bfloat16 product of one row costs torch twice a matrix times a vector."""
+    if type(head) is nn.Linear and head.bias is None:
+        return torch.mv(head.weight, h)
+    logits: Tensor = head(h)
+    return logits

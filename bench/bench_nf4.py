@@ -1,236 +1,139 @@
-"""Speed of the NF4 kernels, beside the reference, bitsandbytes and the memory of the machine.
+"""Speed, exactness and memory of the NF4 kernels, beside the reference, bitsandbytes and the limits of the machine.
 
-    python bench/bench_nf4.py [--size 4096 4096] [--threads 1] [--repeats 15] [--json FILE]
+    python bench/bench_nf4.py [--only dequantize few ...] [--repeats 15] [--small] [--json FILE]
 
-Candidates run in one interleaved loop, in a new order each round (a much slower one less often, in a loop of its
-own); the figure is the median, the spread the 10th to the 90th percentile. Nothing is timed before its result equals
-the reference, or for products, is at most twice as far as torch's from float64.
+The last table holds the bars: what the kernels are asked to reach, what they reached, met or missed by how much. It is
+computed in nf4_bars.py from the results above it. `--small` runs everything in seconds, to see that it runs; the bars
+then mean nothing. Each part is measured in a process of its own, whose threads and malloc are stated:
 
-Dequantizing: GB/s counts each byte once: packed codes and scales read, result written. "of memory" is the share of
-what torch's own copy of as many bytes reached in the same loop. bitsandbytes appears twice, because its public
-function on a CPU is mostly page faults on a fresh result: "as installed" is `dequantize_4bit`; "C kernel, reused out"
-calls its own C function into memory that is already there, which is also what a well-tuned malloc would give.
+dequantize  One thread. GB/s counts each byte once: packed codes and scales read, result written. "of memory" is the
+            share of what torch's own copy of as many bytes reached in the same loop. bitsandbytes appears twice,
+            because its public function on a CPU is mostly page faults on a fresh result: "as installed" is
+            `dequantize_4bit`; "C kernel, reused out" calls its own C function into memory that is already there.
+quantize    One thread, malloc tuned to keep freed memory, double quantization, as QLoRA stores weights.
+few         Products with 1, 4 and 8 rows, bfloat16, on one thread and on the default number: once with malloc as
+            installed (one row) and once tuned, because that decides bitsandbytes' figure; its product that
+            rearranges the weight appears where the processor has it (nf4_rivals.py). What the checks before left free
+            in malloc's heap is returned first: where 32 MiB lie there, malloc as installed is as good as tuned. The
+            weight is the same one each time, so whatever fits in a cache stays there.
+beyond      The same for one row and a weight of 138 MB, between sums that empty the caches and say how fast memory is.
+many        128 and 512 rows, forward and backward, beside torch's product with the decoded weight; malloc tuned.
+exactness   Bits that differ from the reference over 10^7 numbers, a quarter of which are ties and their neighbours.
+memory      Bits per weight of a layer in training (nf4_memory.py), malloc as installed.
+gpu         Where there is one (nf4_gpu.py).
 
-Quantizing: with double quantization, as QLoRA stores weights.
-
-Multiplying few rows: once with malloc as installed and once tuned to keep freed memory, in a process each, because
-that decides bitsandbytes' figure. The weight is the same one each time, so whatever fits in a cache stays there;
-bench_generate.py has the figures of a whole model.
+Candidates run in one interleaved loop, in a new order each round; the figure is the median, the spread the 10th to the
+90th percentile. Nothing is timed before its result equals the reference, or for products, is at most twice as far as
+torch's from float64.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import logging
-import math
 import platform
-import random
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import child
+import nf4_bars
+import nf4_cpu
+import nf4_gpu
+import nf4_memory
+import nf4_products
 import torch
-import torch.nn.functional as F
-from qlorag.kernels import nf4
-from qlorag.kernels.nf4 import cpu, reference
-from torch import Tensor
+from nf4_names import OURS
+from qlorag.kernels.dispatch import why_no_triton
+from qlorag.kernels.nf4 import cpu
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("dequantize", "quantize", "few", "beyond", "many", "exactness", "memory", "gpu")
+MALLOC: dict[str, Mapping[str, str]] = {"as installed": {}, "tuned": child.TUNED_MALLOC}
 SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # the projections of SmolLM2-135M
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def interleave(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call: every candidate once per round, in a new order each round."""
-    order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name in order.sample([*candidates], len(candidates)):
-            start = time.perf_counter()
-            candidates[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
+@dataclass(frozen=True)
+class Sizes:
+    """Those of the bars, or smaller ones to try this file out."""
+
+    square: tuple[int, int] = (4096, 4096)
+    wide: tuple[int, int] = (11008, 4096)
+    beyond: int = 16384
+    read_bytes: int = nf4_products.READ_BYTES
+    values: int = 10_000_000
+    layers: int = 24
 
 
-def bitsandbytes_kernel(packed: Tensor, absmax: Tensor, out: Tensor, block_size: int) -> Callable[[], None]:
-    """bitsandbytes' own C function, called as its Python does, into `out`."""
-    from bitsandbytes.cextension import lib
-
-    function = getattr(lib, f"cdequantize_blockwise_cpu_nf4_{SHORT[out.dtype]}")
-    arguments = (
-        ctypes.c_void_p(packed.data_ptr()),
-        ctypes.c_void_p(absmax.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_longlong(block_size),
-        ctypes.c_longlong(out.shape[0]),
-        ctypes.c_longlong(out.shape[1]),
-    )
-    return lambda: function(*arguments)
+SMALL = Sizes((256, 256), (512, 256), 512, 2**20, 20_000, 2)
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype, block_size: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per candidate. Raises SystemExit: a result is wrong."""
-    import bitsandbytes.functional as bnb
+def few(shapes: list[list[int]], rows: list[int], repeats: int) -> dict[str, Any]:
+    """Job for a child."""
+    return {"rows": nf4_products.few_rows([(n, k) for n, k in shapes], rows, repeats)}
 
-    numel = math.prod(shape)
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    packed, absmax = nf4.quantize(w, block_size=block_size)
-    codes, nested = nf4.quantize_absmax(absmax)
-    scales = reference.dequantize_absmax(codes, nested)  # what bitsandbytes' kernel is given: already float32
-    bnb_packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type="nf4")
-    state.absmax, state.dtype = scales, dtype
 
-    def ours(backend: str, scales: Tensor, second: nf4.Nested | None, out: Tensor) -> Callable[[], Tensor]:
-        options: dict[str, Any] = {"shape": shape, "block_size": block_size, "dtype": dtype, "nested": second}
-        return lambda: nf4.dequantize(packed, scales, **options, out=out, backend=backend)
+def beyond(size: int, repeats: int, read_bytes: int) -> dict[str, Any]:
+    """Job for a child."""
+    return {"rows": [nf4_products.beyond_cache(size, repeats, read_bytes=read_bytes)]}
 
-    outs = {name: torch.full(shape, float("nan"), dtype=dtype) for name in ("c", "plain", "reference", "bnb")}
-    candidates: dict[str, Callable[[], Any]] = {
-        "qlorag C, double-quantized, out=": ours("c", codes, nested, outs["c"]),
-        "qlorag C, float32 absmax, out=": ours("c", scales, None, outs["plain"]),
-        "qlorag C, double-quantized, fresh": lambda: nf4.dequantize(
-            packed, codes, shape=shape, block_size=block_size, dtype=dtype, nested=nested, backend="c"
-        ),
-        "qlorag reference, out=": ours("reference", codes, nested, outs["reference"]),
-        "bitsandbytes C kernel, reused out": bitsandbytes_kernel(packed, scales, outs["bnb"], block_size),
-        "bitsandbytes dequantize_4bit, as installed": lambda: bnb.dequantize_4bit(bnb_packed, state),
-    }
-    want = reference.dequantize(packed, scales, shape=shape, kind="nf4", block_size=block_size, dtype=dtype)
-    for name, run in candidates.items():
-        got = run()
-        got = got if isinstance(got, Tensor) else outs["bnb"]
-        if not torch.equal(got, want):
-            raise SystemExit(f"{name}: {dtype} result differs from the reference; a wrong result is not timed")
 
-    # The memory of the machine: read the packed bytes, write as many bytes as the result has.
-    moved = packed.nbytes + codes.nbytes + numel * dtype.itemsize
-    source, target = torch.ones(moved // 2, dtype=torch.uint8), torch.empty(moved // 2, dtype=torch.uint8)
-    candidates["copy of the same number of bytes"] = lambda: target.copy_(source)
-    target.fill_(0)
+def many(shape: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
+    """Job for a child."""
+    return {"rows": nf4_products.many_rows((shape[0], shape[1]), rows, repeats)}
 
-    slow = {"qlorag reference, out=": candidates.pop("qlorag reference, out=")}  # it would empty the caches
-    times = interleave(candidates, repeats) | interleave(slow, max(3, repeats // 5))
-    memory = moved / statistics.median(times["copy of the same number of bytes"])
+
+def run(
+    job: str, arguments: dict[str, Any], *, threads: int, malloc: str = "tuned", **more: Any
+) -> list[dict[str, Any]]:
+    """The rows of a job in a process of its own, which say what it ran under."""
+    answer = child.run(__file__, child.Job(job, arguments, MALLOC[malloc]), threads=threads)
+    return [{**row, "threads": threads, "malloc": malloc, **more} for row in answer["rows"]]
+
+
+def all_few(sizes: Sizes, threads: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Adds "bar": whether a bar stands on the row, or it is only printed."""
+    shapes = [sizes.square, sizes.wide]
+    counts = [1, *nf4_bars.AT_MOST_OF_ONE_ROW]
     rows = []
-    for name, seconds in times.items():
-        row = statistics_of(name, seconds)
-        elements, moved_per_s = numel / row["ms"] / 1e6, moved / row["ms"] / 1e6
-        row |= {
-            "dtype": str(dtype).removeprefix("torch."),
-            "gb_per_s": moved_per_s,
-            "of_memory": moved_per_s * 1e9 / memory,
-        }
-        rows.append(row | {"gelem_per_s": None if name.startswith("copy") else elements})
-    return rows
+    for n in threads:
+        rows += run("few", {"shapes": shapes, "repeats": repeats, "rows": [1]}, threads=n, malloc="as installed")
+        more = SMOLLM2 if n == 1 else []
+        rows += run("few", {"shapes": shapes + more, "repeats": repeats, "rows": counts}, threads=n)
+    return [row | {"bar": (row["n"], row["k"]) in shapes} for row in rows]
 
 
-def statistics_of(name: str, seconds: list[float]) -> dict[str, Any]:
-    deciles = statistics.quantiles(seconds, n=10)
-    return {
-        "candidate": name,
-        "ms": statistics.median(seconds) * 1e3,
-        "ms_best": min(seconds) * 1e3,
-        "ms_p10": deciles[0] * 1e3,
-        "ms_p90": deciles[-1] * 1e3,
+def exactness(values: int) -> list[dict[str, Any]]:
+    """Each backend that can run here, and bitsandbytes, against the reference."""
+    job: dict[str, Any] = {"values": values, "dtypes": [*nf4_cpu.DTYPES]}
+    kinds: dict[str, tuple[str, dict[str, Any], Mapping[str, str]]] = {
+        "C": ("c", job, {}),
+        "bitsandbytes on the CPU": ("bitsandbytes", job, {}),
     }
+    if torch.cuda.is_available():
+        kinds["Triton"] = ("triton", job, {})
+    elif why_no_triton() is None:
+        # In the interpreter of Triton 3.9, float32 is the only dtype that is rounded as on a GPU (tests/interpreter).
+        kinds["Triton in its interpreter"] = ("triton", job | {"dtypes": ["float32"]}, {"TRITON_INTERPRET": "1"})
+
+    def one(title: str) -> dict[str, Any]:
+        backend, arguments, variables = kinds[title]
+        job_of_it = child.Job("exactness", arguments | {"backend": backend}, variables)
+        return {"title": title, **child.run(__file__, job_of_it, threads=1)}
+
+    with ThreadPoolExecutor(child.default_threads()) as pool:  # nothing is timed here
+        return [*pool.map(one, reversed(kinds))][::-1]  # the interpreter takes longest, so it begins
 
 
-def measure_quantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per candidate. Raises SystemExit: a result is wrong."""
-    import bitsandbytes.functional as bnb
-
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    def ours(backend: str) -> tuple[Tensor, Tensor]:
-        packed, absmax = nf4.quantize(w, block_size=block_size, backend=backend)
-        return packed, nf4.quantize_absmax(absmax, backend=backend)[0]
-
-    def theirs() -> tuple[Tensor, Tensor]:
-        packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type="nf4", compress_statistics=True)
-        return packed.view(-1), state.absmax
-
-    fast: dict[str, Callable[[], Any]] = {"qlorag C": lambda: ours("c")}
-    slow: dict[str, Callable[[], Any]] = {"qlorag reference": lambda: ours("reference"), "bitsandbytes": theirs}
-    want = slow["qlorag reference"]()
-    for name, run in (fast | slow).items():
-        if not all(torch.equal(a, b) for a, b in zip(run(), want, strict=True)):
-            raise SystemExit(f"{name}: codes differ from the reference; a wrong result is not timed")
-    times = interleave(fast, repeats) | interleave(slow, 3)
-    rows = [statistics_of(name, seconds) for name, seconds in times.items()]
-    return [
-        row | {"dtype": str(dtype).removeprefix("torch."), "gelem_per_s": w.numel() / row["ms"] / 1e6} for row in rows
-    ]
-
-
-def measure_matmul(shapes: list[list[int]], rows: list[int], dtype: str, repeats: int) -> dict[str, Any]:
-    """Job for a child: one row per shape, number of rows of x, and candidate."""
-    return {
-        "rows": [
-            row
-            for n, k in shapes
-            for m in rows
-            for row in measure_product(n, k, m, DTYPES[dtype], repeats if n * k > 1 << 22 else 10 * repeats)
-        ]
-    }
-
-
-@torch.inference_mode()
-def measure_product(n: int, k: int, m: int, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    import bitsandbytes as bnb
-
-    logging.disable(logging.WARNING)
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
-    packed, absmax = nf4.quantize(w)
-    codes, nested = nf4.quantize_absmax(absmax)
-    bnb_packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
-    options: dict[str, Any] = {"shape": (n, k), "nested": nested}
-    product = nf4.prepare_matmul(packed, codes, **options)
-    if product is None:
-        raise SystemExit(f"the fused product does not run here: {nf4.available_backends()}")
-    scratch = torch.empty(n, k, dtype=dtype)
-    dense = nf4.dequantize(packed, codes, dtype=dtype, **options)
-    candidates: dict[str, Callable[[], Tensor]] = {
-        "qlorag, packed weight": lambda: product(x),
-        "qlorag, decoded into scratch, GEMM": lambda: F.linear(
-            x, nf4.dequantize(packed, codes, dtype=dtype, out=scratch, **options)
-        ),
-        "bitsandbytes matmul_4bit": lambda: bnb.matmul_4bit(x, bnb_packed.t(), quant_state=state),
-        "torch, dense weight": lambda: F.linear(x, dense),
-    }
-    exact = x.double() @ nf4.dequantize(packed, codes, dtype=torch.float64, **options).T
-    errors = {name: (run().double() - exact).square().mean().sqrt().item() for name, run in candidates.items()}
-    if errors["qlorag, packed weight"] > 2 * errors["torch, dense weight"]:
-        raise SystemExit(f"{n}x{k}, {m} rows: errors {errors}; a wrong result is not timed")
-    moved = packed.nbytes + codes.nbytes
-    rows = [statistics_of(name, seconds) for name, seconds in interleave(candidates, repeats).items()]
-    return [
-        row | {"n": n, "k": k, "m": m, "error": errors[row["candidate"]], "packed_gb_per_s": moved / row["ms"] / 1e6}
-        for row in rows
-    ]
-
-
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+def environment(threads: list[int], repeats: int) -> dict[str, Any]:
     import bitsandbytes
+    from hardware import describe
 
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     return {
-        "cpu": model,
+        "cpu": describe()["cpu"],
         "kernel": cpu.describe(),
-        "threads": torch.get_num_threads(),
-        "shape": list(arguments.size),
-        "block_size": arguments.block_size,
-        "repeats": arguments.repeats,
+        "threads": threads,
+        "repeats": repeats,
         "torch": torch.__version__,
         "bitsandbytes": bitsandbytes.__version__,
         "python": platform.python_version(),
@@ -238,63 +141,127 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def spread(row: dict[str, Any], digits: int = 2) -> str:
-    ms, low, high, best = (f"{row[key]:7.{digits}f}" for key in ("ms", "ms_p10", "ms_p90", "ms_best"))
-    return f"{ms} [{low} .. {high}] {best}"
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table: how the row is called, its times, and every figure it has besides."""
+    print(f"\n{title:64}      ms  [p10 .. p90]      best")
+    for row in rows:
+        size = f"[{row['m']}, {row['k']}] x [{row['n']}, {row['k']}]ᵀ" if "m" in row else ""
+        what = " ".join(str(row[key]) for key in ("dtype", "direction") if key in row)
+        name = " ".join(filter(None, (size, what, row["candidate"])))
+        ms, low, high, best = (f"{row[key]:8.3f}" for key in ("ms", "ms_p10", "ms_p90", "ms_best"))
+        figures = [
+            (row.get("gelem_per_s"), "{:.2f} Gelem/s"),
+            (row.get("packed_gb_per_s") or row.get("gb_per_s"), "{:.1f} GB/s"),
+            (row.get("of_memory") or row.get("of_copy"), "{:.0%} of a copy"),
+            (row.get("of_read"), "{:.0%} of reading"),
+            (row.get("tflop_per_s"), "{:.3g} TFLOP/s"),
+            (row.get("of_gemm"), "{:.0%} of dense GEMM"),
+        ]
+        told = "  ".join(text.format(value) for value, text in figures if value is not None)
+        print(f"{name:64}{ms} [{low} ..{high}]{best}  {told}".rstrip())
+
+
+def show_few(title: str, rows: list[dict[str, Any]]) -> None:
+    """A line per product, a column per candidate: median and spread in milliseconds, and the GB/s of ours."""
+    names = [*dict.fromkeys(row["candidate"] for row in rows)]
+    print(f"\n{title:42}{'GB/s':>6}" + "".join(f"{name:>38}" for name in names))
+    for n, k, m in dict.fromkeys((row["n"], row["k"], row["m"]) for row in rows):
+        here = {row["candidate"]: row for row in rows if (row["n"], row["k"], row["m"]) == (n, k, m)}
+        cells = [f"{r['ms']:.3f} [{r['ms_p10']:.3f} .. {r['ms_p90']:.3f}]" if (r := here.get(x)) else "" for x in names]
+        shape = f"[{m}, {k}] x [{n}, {k}]ᵀ"
+        print(f"{shape:42}{here[OURS]['packed_gb_per_s']:6.1f}" + "".join(f"{cell:>38}" for cell in cells))
+
+
+def measure(parts: list[str], sizes: Sizes, dtypes: list[str], block_size: int, repeats: int) -> dict[str, Any]:
+    """Every part in turn, printed as it is found."""
+    threads = sorted({1, child.default_threads()})
+    result: dict[str, Any] = {"environment": environment(threads, repeats)}
+    print(" · ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    n, k = sizes.square
+    coding = {"shape": sizes.square, "dtypes": dtypes, "block_size": block_size, "repeats": repeats}
+    if "dequantize" in parts:
+        result["rows"] = run("dequantize", coding, threads=1, malloc="as installed", n=n, k=k)
+        show(f"dequantize {n}x{k}, one thread", result["rows"])
+    if "quantize" in parts:
+        result["quantize"] = run("quantize", coding, threads=1, n=n, k=k)
+        show(f"quantize {n}x{k}, double quantization, one thread", result["quantize"])
+    if "few" in parts:
+        result["matmul"] = all_few(sizes, threads, repeats)
+        for t, malloc in dict.fromkeys((row["threads"], row["malloc"]) for row in result["matmul"]):
+            here = [row for row in result["matmul"] if (row["threads"], row["malloc"]) == (t, malloc)]
+            show_few(f"few rows, {t} threads, malloc {malloc}", here)
+    if "beyond" in parts:
+        job: dict[str, Any] = {"size": sizes.beyond, "repeats": repeats, "read_bytes": sizes.read_bytes}
+        result["beyond_cache"] = [row for t in threads for row in run("beyond", job, threads=t)]
+        for row in result["beyond_cache"]:
+            show(f"beyond the cache, {row['threads']} threads, reading {row['read_gb_per_s']:.1f} GB/s", [row])
+    if "many" in parts:
+        job = {"shape": sizes.square, "rows": [*nf4_bars.OF_DENSE], "repeats": repeats}
+        result["many_rows"] = [row for t in threads for row in run("many", job, threads=t)]
+        for t in threads:
+            show(f"many rows, bfloat16, {t} threads", [row for row in result["many_rows"] if row["threads"] == t])
+    if "exactness" in parts:
+        result["exactness"] = exactness(sizes.values)
+        for one in result["exactness"]:
+            print(f"bits beside the reference, {one['title']}: {one['values']} values, differ {one['differ']}")
+    if "memory" in parts and not nf4_memory.STATM.exists():
+        print(f"\nmemory of a layer in training: not measured, there is no {nf4_memory.STATM}")
+    elif "memory" in parts:
+        job = {"size": n, "layers": sizes.layers}
+        result["memory"] = child.run(__file__, child.Job("layers", job), threads=child.default_threads())
+        print("\nmemory of a layer in training: " + ", ".join(f"{k} {v:.5g}" for k, v in result["memory"].items()))
+    if "gpu" in parts:
+        result["gpu"] = on_gpu()
+    return result
+
+
+def on_gpu() -> dict[str, Any] | None:
+    """What the GPU reaches, printed; None without one."""
+    if not torch.cuda.is_available():
+        print("\nGPU speed: not measured, torch.cuda.is_available() is False")
+        return None
+    found = child.run(__file__, child.Job("job", {}), threads=child.default_threads())
+    show_gpu(found)
+    return found
+
+
+def show_gpu(found: dict[str, Any]) -> None:
+    print(f"\n{found['device']}: copy {found['copy_gb_per_s']:.0f} GB/s, GEMM {found['gemm_tflop_per_s']:.0f} TFLOP/s")
+    print(f"bitsandbytes: {found['bitsandbytes']}")
+    for part in ("dequantize", "quantize", "few_rows", "many_rows"):
+        show(f"{part}, on the GPU", found[part])
+
+
+def layers(size: int, layers: int) -> dict[str, Any]:
+    """Job for a child."""
+    return nf4_memory.measure(size, layers)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the NF4 kernels")
-    parser.add_argument("--size", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
-    parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", choices=[*DTYPES], nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="of x, in products")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    arguments = parser.parse_args()
-    if arguments.size[1] % arguments.block_size:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], help="default: all of them")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("N", "K"), help="default: 4096 4096")
+    parser.add_argument("--block-size", type=int, default=64, help="of decoding and quantizing, default: %(default)s")
+    parser.add_argument("--dtype", choices=[*nf4_cpu.DTYPES], nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=15, help="at least 2, default: %(default)s")
+    parser.add_argument("--small", action="store_true", help="everything in seconds; the figures mean nothing")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    args = parser.parse_args()
+    sizes = SMALL if args.small else Sizes()
+    if args.size:
+        sizes = Sizes(**{**vars(sizes), "square": tuple(args.size)})
+    if sizes.square[1] % args.block_size:
         raise SystemExit(
-            f"--size: K={arguments.size[1]} is no multiple of --block-size {arguments.block_size}, "
+            f"--size: K={sizes.square[1]} is no multiple of --block-size {args.block_size}, "
             "where bitsandbytes' CPU kernel is wrong"
         )
-    logging.disable(logging.WARNING)  # bitsandbytes announces an optional package
-    torch.set_num_threads(arguments.threads)
-    head = environment(arguments)
-    print(" · ".join(f"{key} {value}" for key, value in head.items()))
-    rows = []
-    for name in arguments.dtype:
-        print(f"\n{name:42}      ms  [p10 .. p90]      best Gelem/s    GB/s  of memory")
-        for row in measure(tuple(arguments.size), DTYPES[name], arguments.block_size, arguments.repeats):
-            rows.append(row)
-            speed = f"{row['gelem_per_s']:7.2f}" if row["gelem_per_s"] else "      -"
-            print(f"{row['candidate']:42} {spread(row)} {speed} {row['gb_per_s']:7.1f} {row['of_memory']:8.0%}")
-    shape = tuple(arguments.size)
-    print(f"\n{'quantize, double quantization':42}      ms  [p10 .. p90]      best Gelem/s")
-    quantized = [
-        row
-        for name in arguments.dtype
-        for row in measure_quantize(shape, DTYPES[name], arguments.block_size, arguments.repeats)
-    ]
-    for row in quantized:
-        print(f"{row['dtype'] + ': ' + row['candidate']:42} {spread(row)} {row['gelem_per_s']:7.2f}")
-
-    shapes = [shape, *SMOLLM2]
-    products = []
-    for malloc, variables in {"as installed": {}, "tuned": child.TUNED_MALLOC}.items():
-        job = {"shapes": shapes, "rows": arguments.rows, "dtype": arguments.dtype[0], "repeats": arguments.repeats}
-        found = child.run(__file__, child.Job("measure_matmul", job, variables), threads=arguments.threads)
-        print(f"\n{f'multiply, {arguments.dtype[0]}, malloc {malloc}':42}      ms  [p10 .. p90]      best")
-        for row in found["rows"]:
-            products.append(row | {"malloc": malloc})
-            title = f"[{row['m']}, {row['k']}] x [{row['n']}, {row['k']}]ᵀ"
-            print(f"{title:26} {row['candidate']:36} {spread(row, 3)} {row['packed_gb_per_s']:7.1f}")
-
-    if arguments.json:
-        head_and_rows = {"environment": head, "rows": rows, "quantize": quantized, "matmul": products}
-        arguments.json.write_text(json.dumps(head_and_rows, indent=2) + "\n")
+    result = measure(args.only, sizes, args.dtype, args.block_size, args.repeats)
+    found = nf4_bars.bars(result)
+    print(f"\n{nf4_bars.table(found)}\n{sum(bar.met for bar in found)} of {len(found)} met")
+    if args.json:
+        child.write_json(args.json, result | {"bars": [bar.as_dict() for bar in found]})
 
 
 if __name__ == "__main__":
-    child.serve(measure_matmul)
-    sys.exit(main())
+    child.serve(nf4_cpu.dequantize, nf4_cpu.quantize, nf4_cpu.exactness, few, beyond, many, layers, nf4_gpu.job)
+    main()

@@ -1,8 +1,9 @@
-"""Fills the tables of README.md from what stands elsewhere, so that no number in it is typed by hand.
+"""Fills the tables of README.md and bench/BARS.md from what stands elsewhere, so that no number is typed by hand.
 
-    python bench/readme_tables.py          rewrites the three marked parts of README.md
+    python bench/readme_tables.py          rewrites the three marked parts of README.md, and BARS.md
 
-`measured` and `demo` come from bench/results.json, `reading` from the files themselves. A test runs this and compares.
+`measured`, `demo` and the bars come from bench/results.json, `reading` from the files themselves. Tests run
+this and compare.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import nf4_bars  # noqa: E402
 from summary import Headline, headlines  # noqa: E402
 
 READING = (
@@ -109,6 +111,7 @@ def main() -> None:
     path = ROOT / "README.md"
     results = json.loads((ROOT / "bench" / "results.json").read_text(encoding="utf-8"))
     path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    (ROOT / "bench" / "BARS.md").write_text(nf4_bars.page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

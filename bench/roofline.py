@@ -1,11 +1,12 @@
 """What binds each Triton kernel on each card, from its machine code and the cards' data sheets: bench/ROOFLINE.md.
 
-Four times per element of W, the longest of which is a bound that no schedule beats:
+Four times per element, of W or of the result where there is no W, the longest of which is a bound that no schedule
+beats:
 
     memory    bytes per element / bandwidth
     issue     instructions per element / (processors x 128 lanes x clock)
     shared    passes of shared memory per element / (processors x 32 lanes x clock)
-    tensor    2 M operations per element / the card's dense bfloat16 rate, where tensor cores multiply
+    tensor    operations per element (2 for each row of x) / the card's dense bfloat16 rate, where tensor cores multiply
 
 Latency, bank conflicts, occupancy and clocks that fall under load are not in it. Nothing here was measured on a GPU.
 """
@@ -40,7 +41,7 @@ CARDS = (
 
 
 def bounds(case: Case, compiled: Compiled, card: Card) -> dict[str, float]:
-    """Picoseconds per element of W by what would bind."""
+    """Picoseconds per element by what would bind."""
     clocks = card.processors * card.gigahertz  # processors x 1e9 / s
     found = {
         "memory": case.bytes_per_element / card.gigabytes * 1e3,
@@ -48,7 +49,7 @@ def bounds(case: Case, compiled: Compiled, card: Card) -> dict[str, float]:
         "shared": (compiled.shared_per_element or 0) / (clocks * 32) * 1e3,
     }
     if case.tensor_cores:
-        found["tensor"] = 2 * case.constants["BM"] / card.teraflops
+        found["tensor"] = case.tensor_cores / card.teraflops
         # W is read from memory once; every BM rows of x decode it again, and find it in the cache.
     return found
 
@@ -59,12 +60,14 @@ def page(cases: list[Case], results: dict[str, dict[str, Compiled]], dtype: str)
         "# Roofline of the Triton kernels",
         "",
         "Written by `python bench/sass.py --page bench/ROOFLINE.md` from the machine code of the kernels:",
-        f"{dtype}, NF4, block size 64, double-quantized. **GPU speed: not measured.** `make bench` on a machine with a",
-        "GPU measures it.",
+        f"{dtype}, NF4, block size 64, double-quantized; rows of 4096, heads of 128. **GPU speed: not measured.**",
+        "",
+        "An *element* is one of W for the kernels of `kernels/nf4/`, and one of the result for the others: of y in",
+        "`rms_norm`, `rope` and `lora`, of dx in the backward of `rms_norm`, of h in `swiglu`, forward and backward.",
         "",
         "## Machine code",
         "",
-        "inst/elem: instructions of the hot loop per element of W; shared: passes of shared memory per element; spill:",
+        "inst/elem: instructions of the hot loop per element; shared: passes of shared memory per element; spill:",
         "bytes of stack and local memory per thread. Loads and stores as number x width in bits. For AMD, instructions",
         "per element are not counted.",
         "",
@@ -83,9 +86,9 @@ def page(cases: list[Case], results: dict[str, dict[str, Compiled]], dtype: str)
         "",
         "## What binds",
         "",
-        "Picoseconds per element of W by data sheet, for one pass over W (for a product of many rows, per 16 or 128",
-        "rows of x). The longest binds, in bold; *share* is what that leaves of the memory's speed. T4 and RTX 4090",
-        "are computed from the code for sm_80.",
+        "Picoseconds per element by data sheet, for one pass over all of them (for a product of many rows, per 16 or",
+        "128 rows of x). The longest binds, in bold; *share* is what that leaves of the memory's speed. T4 and",
+        "RTX 4090 are computed from the code for sm_80.",
         "",
         "| kernel | card | memory | issue | shared | tensor | share |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -4,11 +4,13 @@
     python bench/sass.py --only "few rows" --target sm_90 --dump
     python bench/sass.py --page bench/ROOFLINE.md         the committed page
 
-No GPU is needed. Each kernel is compiled for each target with 16-byte divisibility stated for its pointers, as a launch
-would find it, and the machine code is disassembled with the tools that come with Triton. From the code:
+No GPU is needed. Each kernel (sass_cases.py) is compiled for each target with 16-byte divisibility stated for its
+pointers, as a launch would find it, and the machine code is disassembled with the tools that come with Triton. From the
+code:
 
-    inst/elem   warp instructions of the hot code x 32 threads x warps, divided by the elements of W it decodes. The hot
-                code of a kernel with a loop is the loop, of one without it everything.
+    inst/elem   warp instructions of the hot code x 32 threads x warps, divided by the elements it does: of W, or, where
+                there is none, of the result. The hot code of a kernel with a loop is the loop, of one without it
+                everything.
     regs        registers of a thread; "spill" counts bytes of stack and local memory, which must be 0
     LDG, STG    widths in bits of the loads and stores of global memory in the hot code
     MMA         tensor-core instructions in the hot code
@@ -32,7 +34,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does unasked, after a warning
 
 import triton
-from qlorag.kernels.nf4 import triton_dequantize, triton_matmul, triton_quantize
+from sass_cases import DIVISIBLE, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -43,78 +45,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-# Pointers are aligned, and these sizes multiples of 16: what a launch finds, and compiles for.
-DIVISIBLE = ("n", "numel", "packed_bytes", "rows_per_split")
-
-
-class Case(NamedTuple):
-    """One kernel with its compile-time arguments, and what a program of it does."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]  # of the run-time arguments
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    elements: int  # of W, in one pass through the hot code
-    bytes_per_element: float  # of memory, with x and y in caches
-    tensor_cores: bool = False
-
-
-def weight(nested: bool = True) -> dict[str, str]:
-    return {
-        "packed": "*i32", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32",
-        "dynamic": "*fp32", "table": "*fp32",
-    }  # fmt: skip
-
-
-def cases(dtype: str = "bf16") -> list[Case]:
-    """The kernels as the launches of kernels/nf4/gpu.py make them, for W [4096, 4096] at block size 64."""
-    width = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
-    pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
-    common = {"BLOCK_SIZE": 64, "NESTED": True}
-    sizes = {"m": "i32", "n": "i32", "units": "i32"}
-    precision = "ieee" if dtype == "fp32" else "tf32"
-    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1, "PRECISION": precision}
-    listed = [
-        Case(
-            "dequantize", triton_dequantize.dequantize_kernel,
-            {**weight(), "packed": "*u8", "out": pointer, "numel": "i32", "packed_bytes": "i32"},
-            {**common, "TILE": 4096}, {"num_warps": 4}, 4096, stored + width,
-        ),
-        Case(
-            "quantize", triton_quantize.quantize_kernel,
-            {"w": pointer, "tree": "*fp32", "codes": "*u8", "packed": "*u8", "absmax": "*fp32", "first": "i32",
-             "numel": "i32", "packed_bytes": "i32"},
-            {"BLOCK_SIZE": 64, "BLOCKS": 64, "RAGGED": False}, {"num_warps": 4}, 4096, width + 0.5 + 4 / 64,
-        ),
-    ]  # fmt: skip
-    for m in (1, 2):
-        listed.append(
-            Case(
-                f"few rows, M={m}", triton_matmul.few_rows_kernel,
-                {"x": pointer, **weight(), "sums": "*fp32", **sizes, "units_per_split": "i32"},
-                {**common, "UNIT": 64, "BM": m, "ROWS": 8, "UNITS": 16 // m},
-                {"num_warps": 4}, 8 * 64 * (16 // m), stored,
-            )
-        )  # fmt: skip
-    for bm in (16, 128):
-        listed.append(
-            Case(
-                f"many rows, {bm} at a time", triton_matmul.many_rows_kernel,
-                {"x": pointer, **weight(), "sums": pointer, **sizes, "units_per_split": "i32"},
-                {**dot, "BM": bm}, {"num_warps": 8 if bm == 128 else 4}, 64 * 64, stored, dtype != "fp32",
-            )
-        )  # fmt: skip
-    listed.append(
-        Case(
-            "backward, 128 at a time", triton_matmul.backward_kernel,
-            {"dy": pointer, **weight(), "sums": pointer, **sizes, "rows_per_split": "i32"},
-            {**dot, "BM": 128}, {"num_warps": 8}, 64 * 64, stored, dtype != "fp32",
-        )
-    )  # fmt: skip
-    return listed
 
 
 class Compiled(NamedTuple):
@@ -139,7 +69,7 @@ def compile_case(case: Case, target: GPUTarget) -> Compiled:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if case.signature.get(name, "").startswith("*") or name in DIVISIBLE
+        if case.signature.get(name, "").startswith("*") or (name in case.signature and name in DIVISIBLE)
     }
     source = ASTSource(case.kernel, signature, case.constants, attributes)
     compiled = triton.compile(source, target=target, options=case.options)
@@ -157,7 +87,7 @@ def _read_nvidia(compiled: Any, case: Case, threads: int) -> Compiled:
         usage = _output(TOOLS / "cuobjdump", "-res-usage", file.name)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = instructions(text)
-    hot = loop_of(code) or code
+    hot = (loop_of(code) if case.loops else []) or code
     opcodes = [line.opcode for line in hot]
     return Compiled(
         registers=used["REG"],

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nf4_names import DENSE, OURS
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -75,7 +77,7 @@ def embed(result: dict[str, Any]) -> Iterator[Headline]:
 
 
 def nf4(result: dict[str, Any]) -> Iterator[Headline]:
-    for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
+    for dtype in dict.fromkeys(row["dtype"] for row in result.get("rows", [])):
         rows = [row for row in result["rows"] if row["dtype"] == dtype and row["gelem_per_s"]]
         ours = _most([row for row in rows if row["candidate"].startswith("qlorag")], "gelem_per_s")
         for theirs in (row for row in rows if row["candidate"].startswith("bitsandbytes")):
@@ -85,6 +87,22 @@ def nf4(result: dict[str, Any]) -> Iterator[Headline]:
                 theirs["gelem_per_s"],
                 theirs["candidate"],
             )
+    few = [row for row in result.get("matmul", []) if row["bar"] and row["m"] == 1]
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in few):
+        here = [row for row in few if (row["n"], row["k"]) == (n, k)]
+        best = _least([row for row in here if row["candidate"].startswith("bitsandbytes")], "ms")
+        yield Headline(
+            f"NF4 product, 1 row, {n}x{k}: per second",
+            1e3 / _least([row for row in here if row["candidate"] == OURS], "ms")["ms"],
+            1e3 / best["ms"],
+            f"{best['candidate']}, malloc {best['malloc']}",
+        )
+    for direction in ("forward", "backward"):
+        rows = [row for row in result.get("many_rows", []) if row["direction"] == direction and row["m"] == 512]
+        if rows:
+            ours, dense = (_most([row for row in rows if row["candidate"] == x], "tflop_per_s") for x in (OURS, DENSE))
+            what = f"NF4 product, 512 rows, {direction}: TFLOP/s"
+            yield Headline(what, ours["tflop_per_s"], dense["tflop_per_s"], DENSE)
 
 
 def retrieval(result: dict[str, Any]) -> Iterator[Headline]:

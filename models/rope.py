@@ -4,9 +4,10 @@ RoPE (arXiv:2104.09864) turns each pair of query and key dimensions (i, i + d/2)
 position p, so that their dot product depends on the distance of positions alone:
 
     inv_freq[i] = theta^(-2i/d)
-    rotate(x)   = x * cos + cat(-x2, x1) * sin          x = cat(x1, x2): the "half-split" layout of Hugging Face files
+    rope(x)     = x * cos + cat(-x2, x1) * sin          x = cat(x1, x2): the "half-split" layout of Hugging Face files
 
-The extensions change inv_freq, and two of them also scale cos and sin:
+This file makes the tables of cos and sin, kernels/rope/ applies them. The extensions change inv_freq, and two of them
+also scale cos and sin:
 
     linear    inv_freq / f                                              (arXiv:2306.15595)
     dynamic   theta grows with the length once it passes the trained one ("NTK-aware")
@@ -46,12 +47,6 @@ class Rope:
         angles = positions.to(torch.float32)[:, None] * inv_freq.to(positions.device)[None, :]  # [T, d/2]
         angles = torch.cat((angles, angles), dim=-1)  # [T, d]
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., T, d]; cos, sin: [T, d]. Returns x with each pair (i, i + d/2) turned by its angle."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def inverse_frequencies(config: RopeConfig, *, head_dim: int, length: int) -> Tensor:

@@ -8,13 +8,13 @@ or QuantizationError says why it cannot.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 
+from ..dispatch import why_no_triton, why_not_triton
 from ..native import NativeBuildError
-from . import cpu, gpu
+from . import cpu
 from .checks import FLOATS
 from .errors import QuantizationError
 
@@ -64,14 +64,6 @@ def why_not_c(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the tensors are on {device}, and it runs on a GPU (on the CPU only with TRITON_INTERPRET=1, as a test)"
-    if dtype not in FLOATS:
-        return f"dtype={dtype}, and it takes float32, float16 or bfloat16"
-    return gpu.why_not()
-
-
 def available_backends() -> list[BackendStatus]:
     """What can run here, and how, or why not."""
     why = why_not_c(torch.device("cpu"), torch.float32)
@@ -82,12 +74,12 @@ def available_backends() -> list[BackendStatus]:
         except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
             why = detail = str(error)
     no_gpu = None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
-    why_not_triton = no_gpu or gpu.why_not()
+    no_triton = no_gpu or why_no_triton()
     return [
         status
         for operation in ("nf4.quantize", "nf4.dequantize", "nf4.matmul")
         for status in (
-            BackendStatus(operation, "triton", why_not_triton is None, why_not_triton or "on tensors of the GPU"),
+            BackendStatus(operation, "triton", no_triton is None, no_triton or "on tensors of the GPU"),
             BackendStatus(operation, "c", why is None, detail),
             BackendStatus(operation, "reference", True, "plain torch, any device"),
         )

@@ -6,13 +6,13 @@ before that, the kernels run on tensors of the CPU, in numpy: slow, and how they
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dispatch import launching_on, processors
 from .checks import Packed
 from .codebook import Kind, dynamic_table, table, thresholds
 from .errors import QuantizationError
@@ -21,35 +21,6 @@ from .reference import name_nonfinite
 TILE = 4096  # elements of one program of quantize and dequantize: 16 bytes of packed input to each of 128 threads
 FEW_ROWS = 2  # of x; with 4, tensor cores need fewer instructions although 12 of their 16 rows idle (ROOFLINE.md)
 MAX_SPLITS = 32
-
-
-@lru_cache(maxsize=1)
-def why_not() -> str | None:
-    """Why Triton cannot run here at all, or None."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton does not import: {error}"
-    return None
-
-
-@lru_cache(maxsize=1)
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on tensors of the CPU."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-def _launching_on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    """How many programs `device` runs at once, about."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 8
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +32,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
     tree, codes = decision_tree(kind, w.device)
-    with _launching_on(w):
+    with launching_on(w):
         whole = numel // block_size
         at_once = TILE // block_size
         arguments = (w, tree, codes, packed, absmax)
@@ -106,7 +77,7 @@ def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
 
     if out is None:
         out = torch.empty(w.shape, dtype=dtype, device=w.packed.device)
-    with _launching_on(out):
+    with launching_on(out):
         dequantize_kernel[(-(-w.numel // TILE),)](
             w.packed, *_scales(w), table(w.kind, out.device), out, w.numel, (w.numel + 1) // 2,
             BLOCK_SIZE=w.block_size, NESTED=w.nested is not None, TILE=TILE,
@@ -178,12 +149,12 @@ def matmul(x: Tensor, w: Packed) -> Tensor:
     unit = unit_of(k, w.block_size)
     flat = x.reshape(-1, k).contiguous()
     m = flat.shape[0]
-    plan = plan_forward(max(m, 1), n, k // unit, unit, _processors(x.device))
+    plan = plan_forward(max(m, 1), n, k // unit, unit, processors(x.device))
     y, sums = _results(flat, n, plan.splits)
     programs = -(-n // plan.rows)
     arguments = (flat, *_weight(w), sums, m, n, k // unit, plan.per_split)
     options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
-    with _launching_on(x):
+    with launching_on(x):
         if m and plan.few:
             few_rows_kernel[(programs, plan.splits)](*arguments, **options, ROWS=plan.rows)
         elif m:
@@ -201,10 +172,10 @@ def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
     unit = unit_of(k, w.block_size)
     flat = dy.reshape(-1, n).contiguous()
     m = flat.shape[0]
-    plan = plan_backward(max(m, 1), n, k // unit, unit, _processors(dy.device))
+    plan = plan_backward(max(m, 1), n, k // unit, unit, processors(dy.device))
     dx, sums = _results(flat, k, plan.splits)
     options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
-    with _launching_on(dy):
+    with launching_on(dy):
         if m:
             backward_kernel[(-(-m // plan.bm), -(-(k // unit) // plan.units), plan.splits)](
                 flat, *_weight(w), sums, m, n, k // unit, plan.per_split,

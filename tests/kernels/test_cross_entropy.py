@@ -102,6 +102,10 @@ def test_every_hand_written_backward_is_checked() -> None:
         "LinearCrossEntropy": "tests/kernels/test_cross_entropy.py",
         "LoRABranch": "tests/lora/test_layer.py",
         "_QuantizedLinearFunction": "tests/quant/test_linear.py",
+        "RMSNormFunction": "tests/kernels/test_rms_norm.py",
+        "RopeFunction": "tests/kernels/test_rope.py",
+        "SwiGLUFunction": "tests/kernels/test_swiglu.py",
+        "AddLoRAFunction": "tests/kernels/test_lora_kernel.py",
     }
     assert functions == set(covered), "a Function without a gradcheck: write one and name it here"
     for path in covered.values():

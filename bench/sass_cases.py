@@ -1,0 +1,149 @@
+"""The Triton kernels that sass.py compiles, each with the arguments that its launches give it.
+
+Sizes are those of a model of width 4096: W [4096, 4096] at block size 64, rows of 4096, heads of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from qlorag.kernels.lora import triton_kernels as lora
+from qlorag.kernels.nf4 import triton_dequantize, triton_matmul, triton_quantize
+from qlorag.kernels.rms_norm import triton_kernels as rms_norm
+from qlorag.kernels.rope import triton_kernels as rope
+from qlorag.kernels.swiglu import triton_kernels as swiglu
+
+# Pointers are aligned, and these sizes multiples of 16: what a launch finds, and compiles for.
+DIVISIBLE = (
+    "n", "numel", "packed_bytes", "rows_per_split", "rows", "columns", "batch_stride", "head_stride", "token_stride"
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One kernel with its compile-time arguments, and what a program of it does."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # of the run-time arguments
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    elements: int  # in one pass through the hot code: of W, or, where there is none, of the result
+    bytes_per_element: float  # of memory, with what is used again and again in caches
+    tensor_cores: int = 0  # operations per element that they do
+    loops: bool = True  # False: a jump back only waits for something
+
+
+def cases(dtype: str = "bf16") -> list[Case]:
+    """Every kernel, for tensors of this dtype."""
+    return [*nf4_cases(dtype), *layer_cases(dtype)]
+
+
+def weight(nested: bool = True) -> dict[str, str]:
+    return {
+        "packed": "*i32", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32",
+        "dynamic": "*fp32", "table": "*fp32",
+    }  # fmt: skip
+
+
+def nf4_cases(dtype: str) -> list[Case]:
+    """As the launches of kernels/nf4/gpu.py make them; x and y of a product are in caches."""
+    width = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
+    pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
+    common = {"BLOCK_SIZE": 64, "NESTED": True}
+    sizes = {"m": "i32", "n": "i32", "units": "i32"}
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1, "PRECISION": precision}
+    listed = [
+        Case(
+            "dequantize", triton_dequantize.dequantize_kernel,
+            {**weight(), "packed": "*u8", "out": pointer, "numel": "i32", "packed_bytes": "i32"},
+            {**common, "TILE": 4096}, {"num_warps": 4}, 4096, stored + width,
+        ),
+        Case(
+            "quantize", triton_quantize.quantize_kernel,
+            {"w": pointer, "tree": "*fp32", "codes": "*u8", "packed": "*u8", "absmax": "*fp32", "first": "i32",
+             "numel": "i32", "packed_bytes": "i32"},
+            {"BLOCK_SIZE": 64, "BLOCKS": 64, "RAGGED": False}, {"num_warps": 4}, 4096, width + 0.5 + 4 / 64,
+        ),
+    ]  # fmt: skip
+    for m in (1, 2):
+        listed.append(
+            Case(
+                f"few rows, M={m}", triton_matmul.few_rows_kernel,
+                {"x": pointer, **weight(), "sums": "*fp32", **sizes, "units_per_split": "i32"},
+                {**common, "UNIT": 64, "BM": m, "ROWS": 8, "UNITS": 16 // m},
+                {"num_warps": 4}, 8 * 64 * (16 // m), stored,
+            )
+        )  # fmt: skip
+    for bm in (16, 128):
+        listed.append(
+            Case(
+                f"many rows, {bm} at a time", triton_matmul.many_rows_kernel,
+                {"x": pointer, **weight(), "sums": pointer, **sizes, "units_per_split": "i32"},
+                {**dot, "BM": bm}, {"num_warps": 8 if bm == 128 else 4}, 64 * 64, stored,
+                0 if dtype == "fp32" else 2 * bm,
+            )
+        )  # fmt: skip
+    listed.append(
+        Case(
+            "backward, 128 at a time", triton_matmul.backward_kernel,
+            {"dy": pointer, **weight(), "sums": pointer, **sizes, "rows_per_split": "i32"},
+            {**dot, "BM": 128}, {"num_warps": 8}, 64 * 64, stored, 0 if dtype == "fp32" else 2 * 128,
+        )
+    )  # fmt: skip
+    return listed
+
+
+def layer_cases(dtype: str) -> list[Case]:
+    """The operations between the products; weights, tables and A and B of the adapter are in caches."""
+    width, pointer = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype], f"*{dtype}"
+    plan = rms_norm.tile(4096)
+    warps, held = {"num_warps": plan.pop("num_warps")}, plan["ROWS"] * plan["COLUMNS"]
+    rows = {"rstd": "*fp32", "rows": "i32", "columns": "i32"}
+    gradient = {"dy": pointer, "x": pointer, "weight": pointer, "dx": pointer, "dw": "*fp32", **rows}
+    tile, few = {"TILE": swiglu.TILE}, {"num_warps": 4}
+    listed = [
+        Case(
+            "rms_norm", rms_norm.forward_kernel, {"x": pointer, "weight": pointer, "y": pointer, **rows, "eps": "fp32"},
+            plan, warps, held, 2 * width,
+        ),
+        *(
+            Case(
+                f"rms_norm backward{', dw' * wants_weight}", rms_norm.backward_kernel,
+                {**gradient, "rows_per_program": "i32"}, {**plan, "WANTS_WEIGHT": wants_weight}, warps, held, 3 * width,
+            )
+            for wants_weight in (False, True)
+        ),
+        *(
+            Case(
+                f"rope{' backward' * inverse}", rope.rotate_kernel,
+                {**dict.fromkeys(("x", "cos", "sin", "y"), pointer),
+                 **dict.fromkeys(("heads", "tokens", "batch_stride", "head_stride", "token_stride"), "i32")},
+                {"HALF": 64, "WIDTH": 64, "TOKENS": rope.TILE // 64, "INVERSE": inverse}, few, 2 * rope.TILE, 2 * width,
+            )
+            for inverse in (False, True)
+        ),
+        Case(
+            "swiglu", swiglu.forward_kernel,
+            {"gate": pointer, "up": pointer, "h": pointer, "numel": "i32"}, tile, few, swiglu.TILE, 3 * width,
+        ),
+        Case(
+            "swiglu backward", swiglu.backward_kernel,
+            {**dict.fromkeys(("dh", "gate", "up", "dgate", "dup"), pointer), "numel": "i32"},
+            tile, few, swiglu.TILE, 5 * width,
+        ),
+    ]  # fmt: skip
+    for rank in (8, 64):
+        step = min(max(16, rank), lora.STEPS[torch.float32 if dtype == "fp32" else torch.bfloat16])
+        listed.append(
+            Case(
+                f"lora, R={rank}", lora.add_product_kernel,
+                {"base": pointer, "z": pointer, "lora_b": "*fp32", "y": pointer, "m": "i32", "n": "i32",
+                 "scaling": "fp32"},
+                {"RANK": rank, "STEP": step, "BM": lora.BM, "BN": lora.BN,
+                 "PRECISION": "ieee" if dtype == "fp32" else "tf32"},
+                few, lora.BM * lora.BN, 2 * width, 0 if dtype == "fp32" else 2 * max(16, rank), rank > step,
+            )
+        )  # fmt: skip
+    return listed

@@ -1,0 +1,70 @@
+"""Which backend runs an operation that has a Triton kernel and plain torch: one rule for all of them.
+
+`backend=None` takes Triton for tensors on a GPU and torch for everything else; a backend that is named runs, or
+ValueError says why it cannot. Both follow the operation's reference.py, so the choice is only about speed and memory.
+
+Triton is not imported before a call asks for it. With TRITON_INTERPRET=1 set before that, its kernels run on tensors
+of the CPU, in numpy: slow, and how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "FLOATS", "choose_backend", "launching_on", "processors", "why_no_triton", "why_not_triton"]
+
+BACKENDS = ("triton", "torch")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str | None] = lambda: None) -> str:
+    """The backend that computes on `x`: `backend` itself if it can run, else the fastest that can.
+
+    obstacle: says why Triton cannot run this call, apart from device and dtype; asked only where it matters.
+    Raises ValueError: a named backend does not exist, or cannot run.
+    """
+    if backend is None:
+        fits = x.is_cuda and why_not_triton(x.device, x.dtype) is None and obstacle() is None
+        return "triton" if fits else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} does not exist: there are {', '.join(BACKENDS)}")
+    if backend == "triton" and (why := why_not_triton(x.device, x.dtype) or obstacle()) is not None:
+        raise ValueError(f"backend={backend!r} cannot run: {why}")
+    return backend
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot compute on such tensors, or None."""
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device}, and it runs on a GPU (on the CPU only with TRITON_INTERPRET=1, as a test)"
+    if dtype not in FLOATS:
+        return f"dtype={dtype}, and it takes float32, float16 or bfloat16"
+    return why_no_triton()
+
+
+@lru_cache(maxsize=1)
+def why_no_triton() -> str | None:
+    """Why Triton cannot be imported here, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """How many programs `device` runs at once, about."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from qlorag.kernels.cross_entropy import triton_kernels as cross_entropy
 from qlorag.kernels.lora import triton_kernels as lora
 from qlorag.kernels.nf4 import triton_dequantize, triton_matmul, triton_quantize
 from qlorag.kernels.rms_norm import triton_kernels as rms_norm
@@ -132,6 +133,12 @@ def layer_cases(dtype: str) -> list[Case]:
             "swiglu backward", swiglu.backward_kernel,
             {**dict.fromkeys(("dh", "gate", "up", "dgate", "dup"), pointer), "numel": "i32"},
             tile, few, swiglu.TILE, 5 * width,
+        ),
+        # Of two loops the longer is counted. The second reading of a row of logits comes from a cache, if it is large.
+        Case(
+            "cross_entropy", cross_entropy.loss_and_gradient_kernel,
+            {"z": pointer, "labels": "*i64", "losses": "*fp32", "columns": "i32"},
+            {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, few, cross_entropy.BLOCK, 3 * width,
         ),
     ]  # fmt: skip
     for rank in (8, 64):

@@ -117,8 +117,7 @@ def test_every_dependency_is_imported_and_explained() -> None:
     names = {d.split(">")[0].split(";")[0].strip() for d in declared}
     imported = {m.split(".")[0] for room in ROOMS for p in sources(room) for level, m, _ in imports(p) if not level}
     modules = {"pyyaml": "yaml"}
-    # triton's kernels come with the next stage; its requirement is the owner's.
-    assert {n for n in names if modules.get(n, n) not in imported} <= {"triton"}
+    assert {n for n in names if modules.get(n, n) not in imported} == set()
     for line in text.splitlines():
         if any(line.strip().startswith(f'"{d.split(";")[0].strip()}') for d in declared):
             assert "#" in line, f"no reason beside {line.strip()}"

@@ -13,6 +13,8 @@ computed twice (the idea of Liger-Kernel's fused linear cross-entropy, arXiv:241
 Memory: 2 chunks of logits, at most CHUNK_BYTES each, and dh [n, D]. With SmolLM2's vocabulary of 49,152, a batch of
 1,024 labelled tokens would otherwise hold 200 MB of float32 logits, and as much again for their gradient.
 
+On a GPU a Triton kernel takes a chunk's loss and writes dz in place of z (triton_kernels.py).
+
 For 16-bit inputs z is rounded to 16 bits by the platform's GEMM and widened to float32 before the softmax; that is
 what a model in that dtype computes at inference too.
 """
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import choose_backend
+
 CHUNK_BYTES = 16 * 2**20  # of float32 logits; below glibc's 32 MiB mmap threshold, so chunks reuse warm pages
 
 
@@ -31,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """L = sum of cross-entropies; see the module for the equations."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, on_gpu: bool) -> Tensor:
         wants_h, wants_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -40,17 +44,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for begin in range(0, hidden.shape[0], rows):
             h, y = hidden[begin : begin + rows], labels[begin : begin + rows]  # [c, D], [c]
-            z = (h @ weight.T).to(wide)  # [c, V]
-            lse = z.logsumexp(-1)
-            loss += (lse - z.gather(1, y[:, None])[:, 0]).sum()
-            if dh is None and dw is None:
-                continue
-            dz = z.sub_(lse[:, None]).exp_()  # softmax, in place of z
-            dz[torch.arange(len(y), device=y.device), y] -= 1
+            losses, dz = _loss_and_gradient(h @ weight.T, y, wide, on_gpu, gradient=wants_h or wants_w)  # [c], [c, V]
+            loss += losses.sum()
             if dh is not None:
                 dh[begin : begin + rows] = dz.to(weight.dtype) @ weight
             if dw is not None:
-                dw += dz.T @ h.to(wide)
+                dw += dz.to(wide).T @ h.to(wide)
         ctx.save_for_backward(dh, None if dw is None else dw.to(weight.dtype))
         return loss
 
@@ -62,15 +61,34 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if dh is None else dh * g.to(dh.dtype),
             None if dw is None else dw * g.to(dw.dtype),
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _loss_and_gradient(
+    z: Tensor, labels: Tensor, wide: torch.dtype, on_gpu: bool, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses [c] of the logits z [c, V], and with `gradient` dL/dz in the memory of z or of its wide copy."""
+    if on_gpu:
+        from .triton_kernels import loss_and_gradient
+
+        return loss_and_gradient(z, labels, gradient=gradient), z
+    z = z.to(wide)
+    lse = z.logsumexp(-1)
+    losses = lse - z.gather(1, labels[:, None])[:, 0]
+    if gradient:
+        z.sub_(lse[:, None]).exp_()  # softmax
+        z[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return losses, z
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
     """Summed cross-entropy of `hidden` through the output head, without the logits of all rows at once.
 
     hidden: [n, D], only the rows that have a label.  weight: [V, D], the head.  labels: int64 [n], each in 0 ... V-1.
+    backend: "triton", "torch", or None for Triton on a GPU and torch elsewhere.
     Returns a scalar, float32 (float64 for float64 inputs). n = 0 gives 0.
-    Raises ValueError: shapes do not fit, or a label is outside the vocabulary.
+    Raises ValueError: shapes do not fit, a label is outside the vocabulary, or a named backend cannot run.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}, wanted [n, D] and [V, D]")
@@ -78,5 +96,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         raise ValueError(f"labels {list(labels.shape)}, wanted one for each of {hidden.shape[0]} rows")
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
         raise ValueError(f"labels reach {int(labels.max())}, the vocabulary ends at {weight.shape[0] - 1}")
-    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    on_gpu = choose_backend(hidden, backend) == "triton"
+    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, on_gpu)  # type: ignore[no-untyped-call]
     return out

@@ -160,7 +160,9 @@ def add_splits_kernel(
     TILE: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    part = sums + i
     total = tl.zeros([TILE], tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(sums + split * numel.to(tl.int64) + i, mask=i < numel, other=0)
+    for _ in range(SPLITS):
+        total += tl.load(part, mask=i < numel, other=0)
+        part += numel
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < numel)

@@ -110,3 +110,11 @@ def test_every_hand_written_backward_is_checked() -> None:
     assert functions == set(covered), "a Function without a gradcheck: write one and name it here"
     for path in covered.values():
         assert "gradcheck(" in (root / path).read_text()
+
+
+def test_a_backend_that_cannot_run_is_named():
+    h, w, labels = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="backend='triton' cannot run: the tensors are on cpu"):
+        linear_cross_entropy(h, w, labels, backend="triton")
+    with pytest.raises(ValueError, match="backend='c' does not exist"):
+        linear_cross_entropy(h, w, labels, backend="c")

@@ -28,9 +28,9 @@ def test_loss_and_gradient_of_logits(columns, dtype):
     memory = torch.full((5 * columns + 64,), 7.0, dtype=dtype)
     memory[: 5 * columns] = z.view(-1)
     mine = memory[: 5 * columns].view(5, columns)
-    assert torch.equal(
-        loss_and_gradient(z.clone(), labels, gradient=False), losses := loss_and_gradient(mine, labels, gradient=True)
-    )
+    alone = loss_and_gradient(z.clone(), labels, gradient=False)
+    losses = loss_and_gradient(mine, labels, gradient=True)
+    assert torch.equal(alone, losses)
     torch.testing.assert_close(
         losses.double(), want.detach(), rtol=1e-5, atol=1e-5
     )  # float32 sums of some thousand terms

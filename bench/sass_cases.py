@@ -53,8 +53,7 @@ def nf4_cases(dtype: str) -> list[Case]:
     pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
     common = {"BLOCK_SIZE": 64, "NESTED": True}
     sizes = {"m": "i32", "n": "i32", "units": "i32"}
-    precision = "ieee" if dtype == "fp32" else "tf32"
-    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1, "PRECISION": precision}
+    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1}
     listed = [
         Case(
             "dequantize", triton_dequantize.dequantize_kernel,
@@ -148,8 +147,7 @@ def layer_cases(dtype: str) -> list[Case]:
                 f"lora, R={rank}", lora.add_product_kernel,
                 {"base": pointer, "z": pointer, "lora_b": "*fp32", "y": pointer, "m": "i32", "n": "i32",
                  "scaling": "fp32"},
-                {"RANK": rank, "STEP": step, "BM": lora.BM, "BN": lora.BN,
-                 "PRECISION": "ieee" if dtype == "fp32" else "tf32"},
+                {"RANK": rank, "STEP": step, "BM": lora.BM, "BN": lora.BN},
                 few, lora.BM * lora.BN, 2 * width, 0 if dtype == "fp32" else 2 * max(16, rank), rank > step,
             )
         )  # fmt: skip

@@ -139,7 +139,11 @@ class AdamW8bit:
         wanted = self.state()
         odd = sorted(key for key in {*wanted, *state} if not _alike(wanted.get(key), state.get(key)))
         if odd:
-            raise ValueError(f"{odd[0]} is missing, unexpected or of another shape or dtype ({len(odd)} such)")
+            got, want = state.get(odd[0]), wanted.get(odd[0])
+            said = [f"{t.dtype} {list(t.shape)}" if t is not None else "nothing" for t in (got, want)]
+            raise ValueError(
+                f"{odd[0]}: got {said[0]}, wanted {said[1]} ({len(odd)} such): the state of another model, or optimizer"
+            )
         for key, t in wanted.items():
             t.copy_(state[key])
         self.steps = steps

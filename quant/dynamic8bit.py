@@ -97,13 +97,13 @@ def _map(signed: bool, device: torch.device) -> Tensor:
 @lru_cache(maxsize=16)
 def _lookup(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """By the upper 16 bits of a number: (uint8 code of the least such number, float32 midpoint among them or inf)."""
-    bounds = torch.tensor(midpoints(list(DYNAMIC if signed else DYNAMIC_UNSIGNED)), dtype=torch.float32)
-    upper = torch.arange(-32768, 32768, dtype=torch.int32) << 16
+    bounds = torch.tensor(midpoints(list(DYNAMIC if signed else DYNAMIC_UNSIGNED)), dtype=torch.float32, device="cpu")
+    upper = torch.arange(-32768, 32768, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)  # the lower 16 bits all zero, all one
     ends[:, ends.isnan().any(dim=0)] = 0.0  # NaN needs no code of its own: its absmax is NaN
     least, greatest = ends.amin(dim=0), ends.amax(dim=0)
     first, last = (torch.bucketize(end, bounds) for end in (least, greatest))
     assert int((last - first).max()) <= 1, "two midpoints share their upper 16 bits: one comparison cannot decide"
-    padded = torch.cat([bounds, torch.tensor([math.inf])])
+    padded = torch.cat([bounds, torch.tensor([math.inf], device="cpu")])
     midpoint = torch.where(last > first, padded[first], math.inf)
     return first.to(torch.uint8).to(device), midpoint.to(device)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_backend
+from ..dispatch import check_together, choose_backend
 
 CHUNK_BYTES = 16 * 2**20  # of float32 logits; below glibc's 32 MiB mmap threshold, so chunks reuse warm pages
 
@@ -92,10 +92,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, back
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}, wanted [n, D] and [V, D]")
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels {list(labels.shape)}, wanted one for each of {hidden.shape[0]} rows")
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
-        raise ValueError(f"labels reach {int(labels.max())}, the vocabulary ends at {weight.shape[0] - 1}")
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels {labels.dtype} {list(labels.shape)}, wanted int64, one for each of {len(hidden)} rows"
+        )
+    check_together(hidden=hidden, weight=weight, labels=labels)
+    least, most = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if least < 0 or most >= weight.shape[0]:
+        raise ValueError(
+            f"labels go from {least} to {most}, wanted 0 to {weight.shape[0] - 1}: leave out rows without a label"
+        )
     on_gpu = choose_backend(hidden, backend) == "triton"
-    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels, on_gpu)  # type: ignore[no-untyped-call]
+    out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels.contiguous(), on_gpu)  # type: ignore[no-untyped-call]
     return out

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "FLOATS", "choose_backend", "launching_on", "processors", "why_no_triton", "why_not_triton"]
+__all__ = [
+    "BACKENDS",
+    "FLOATS",
+    "check_together",
+    "choose_backend",
+    "launching_on",
+    "processors",
+    "why_no_triton",
+    "why_not_triton",
+]
 
 BACKENDS = ("triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,6 +47,14 @@ def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str
     if backend == "triton" and (why := why_not_triton(x.device, x.dtype) or obstacle()) is not None:
         raise ValueError(f"backend={backend!r} cannot run: {why}")
     return backend
+
+
+def check_together(**tensors: Tensor) -> None:
+    """Raise ValueError unless all of these named tensors are on one device: a kernel would read another's memory."""
+    (first, x), *others = tensors.items()
+    for name, t in others:
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, {first} on {x.device}: move them together")
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import choose_backend
+from ..dispatch import check_together, choose_backend
 
 
 def add_lora(
@@ -57,6 +57,7 @@ def add_lora(
         )
     if base.dtype != x.dtype:
         raise ValueError(f"base is {base.dtype} and x {x.dtype}, wanted one dtype: convert x")
+    check_together(base=base, x=x, lora_A=lora_A, lora_B=lora_B)
     on_gpu = choose_backend(base, backend) == "triton"
     y: Tensor = AddLoRAFunction.apply(base, x, lora_A, lora_B, scaling, on_gpu)  # type: ignore[no-untyped-call]
     return y
@@ -70,15 +71,16 @@ class AddLoRAFunction(torch.autograd.Function):
         ctx: Any, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, on_gpu: bool
     ) -> Tensor:
         """Base [..., N], x [..., K] -> y [..., N]."""
-        z = F.linear(_rows(x), lora_A.to(x.dtype))  # [M, R]
-        ctx.save_for_backward(x, z, lora_A, lora_B)
         ctx.scaling = scaling
-        if on_gpu:
-            from .triton_kernels import add_product
+        with torch.autocast(x.device.type, enabled=False):  # x has its dtype; the backward runs outside of autocast
+            z = F.linear(_rows(x), lora_A.to(x.dtype))  # [M, R]
+            ctx.save_for_backward(x, z, lora_A, lora_B)
+            if on_gpu:
+                from .triton_kernels import add_product
 
-            return add_product(base, z, lora_B, scaling)
-        y = torch.addmm(_rows(base), z, lora_B.to(x.dtype).T, alpha=scaling)  # [M, N]
-        return y.view(base.shape)
+                return add_product(base, z, lora_B, scaling)
+            y = torch.addmm(_rows(base), z, lora_B.to(x.dtype).T, alpha=scaling)  # [M, N]
+            return y.view(base.shape)
 
     @staticmethod
     @once_differentiable

@@ -31,7 +31,6 @@ def add_product_kernel(
     STEP: tl.constexpr,  # columns of z at once, a power of two of at least 16
     BM: tl.constexpr,  # rows of z, in one program
     BN: tl.constexpr,  # rows of B, in one program
-    PRECISION: tl.constexpr,  # of the product: "ieee" for float32
 ):
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -41,7 +40,7 @@ def add_product_kernel(
         zs = tl.load(z + row[:, None] * RANK + r[None, :], mask=(row < m)[:, None] & (r < RANK)[None, :], other=0)
         mask = (column < n)[:, None] & (r < RANK)[None, :]
         bs = tl.load(lora_b + column[:, None] * RANK + r[None, :], mask=mask, other=0).to(z.dtype.element_ty)
-        update = tl.dot(zs, tl.trans(bs), update, input_precision=PRECISION)
+        update = tl.dot(zs, tl.trans(bs), update, input_precision="ieee")
     at = row[:, None] * n + column[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
     total = tl.load(base + at, mask=inside, other=0).to(tl.float32) + scaling * update
@@ -58,6 +57,5 @@ def add_product(base: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> Tens
             add_product_kernel[(-(-m // BM), -(-n // BN))](
                 base, z, lora_b.contiguous(), y, m, n, scaling,
                 RANK=rank, STEP=min(STEPS[z.dtype], max(16, triton.next_power_of_2(rank))), BM=BM, BN=BN,
-                PRECISION="ieee" if base.dtype == torch.float32 else "tf32",
             )  # fmt: skip
     return y

@@ -121,8 +121,8 @@ def describe() -> str:
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
     """As reference.quantize."""
     w = w.detach()
-    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32)
+    packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=_CPU)
     bounds, codes = thresholds(kind, _CPU)
     args = _QuantizeArgs(
         w=w.data_ptr(),
@@ -144,8 +144,8 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     """As reference.quantize_absmax."""
     offset = nested_offset(absmax)
-    codes = torch.empty(absmax.numel(), dtype=torch.uint8)
-    nested = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE), dtype=torch.float32)
+    codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=_CPU)
+    nested = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE), dtype=torch.float32, device=_CPU)
     library().handle.qlorag_nf4_quantize_absmax(
         absmax.data_ptr(),
         offset.data_ptr(),
@@ -173,7 +173,7 @@ def _packed_tensor(w: Packed) -> _PackedTensor:
 def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """As ops.dequantize."""
     if out is None:
-        out = torch.empty(w.shape, dtype=dtype)
+        out = torch.empty(w.shape, dtype=dtype, device=_CPU)
     args = _DequantizeArgs(
         q=_packed_tensor(w),
         out=out.data_ptr(),

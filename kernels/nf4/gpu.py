@@ -58,7 +58,7 @@ def decision_tree(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     bounds, codes = (part.tolist() for part in thresholds(kind, torch.device("cpu")))
     place = [int(f"{path:04b}"[::-1], 2) for path in range(16)]
-    tree = torch.zeros(4, 16)
+    tree = torch.zeros(4, 16, device="cpu")
     for level in range(4):
         for path in range(1 << level):
             tree[level, path] = bounds[place[path] + (8 >> level) - 1]
@@ -159,7 +159,7 @@ def matmul(x: Tensor, w: Packed) -> Tensor:
             few_rows_kernel[(programs, plan.splits)](*arguments, **options, ROWS=plan.rows)
         elif m:
             grid = (-(-m // plan.bm), programs, plan.splits)
-            many_rows_kernel[grid](*arguments, **options, BN=plan.rows, PRECISION=_precision(x.dtype))
+            many_rows_kernel[grid](*arguments, **options, BN=plan.rows)
         _add_splits(sums, y, plan.splits)
     return y.view(*x.shape[:-1], n)
 
@@ -179,7 +179,7 @@ def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
         if m:
             backward_kernel[(-(-m // plan.bm), -(-(k // unit) // plan.units), plan.splits)](
                 flat, *_weight(w), sums, m, n, k // unit, plan.per_split,
-                **options, BN=plan.rows, PRECISION=_precision(dy.dtype),
+                **options, BN=plan.rows,
             )  # fmt: skip
         _add_splits(sums, dx, plan.splits)
     return dx.view(*dy.shape[:-1], k)
@@ -194,13 +194,9 @@ def _options(w: Packed, unit: int) -> dict[str, Any]:
 
 
 def _words(packed: Tensor) -> Tensor:
-    """Packed bytes as int32; a copy where they do not begin on a word (a slice of a larger tensor)."""
+    """Packed bytes as int32; where they do not begin on a word (a slice of a larger tensor), a copy at each call."""
     flat = packed.view(-1)
     return (flat if flat.data_ptr() % 4 == 0 else flat.clone()).view(torch.int32)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"  # which 16-bit products do not look at
 
 
 def _results(x: Tensor, columns: int, splits: int) -> tuple[Tensor, Tensor]:

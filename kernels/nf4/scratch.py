@@ -32,5 +32,5 @@ def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if buffer is None or buffer.numel() < numel:
         _scratch.buffers.pop(dtype, None)  # free the small one before the large one is made
         with torch.inference_mode(False):  # an inference tensor could not be written to later
-            buffer = _scratch.buffers[dtype] = torch.empty(numel, dtype=dtype)
+            buffer = _scratch.buffers[dtype] = torch.empty(numel, dtype=dtype, device="cpu")
     return buffer[:numel].view(shape)

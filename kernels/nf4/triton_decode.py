@@ -21,7 +21,7 @@ WORD = tl.constexpr(8)  # codes in 32 bits
 
 @triton.jit
 def load_scales(absmax, nested_absmax, nested_offset, dynamic, block, mask, NESTED: tl.constexpr):
-    """float32 scales of the blocks numbered `block`, of any shape; 0 where `mask` is false.
+    """float32 scales of the blocks numbered `block`, of any shape; finite, and of no use, where `mask` is false.
 
     The product and the sum of a double-quantized scale are rounded each, as in reference.py: fma(a, b, 0) is a
     product that no compiler may fuse with the sum after it.
@@ -68,7 +68,7 @@ def load_unit_scales(
     absmax, nested_absmax, nested_offset, dynamic,
     row, unit, n, units, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """float32 [R, UNITS]: the scales of the same units; 0 outside of W."""
+    """float32 [R, UNITS]: the scales of the same units; of no use outside of W."""
     units_here = unit + tl.arange(0, UNITS)
     inside = (row < n)[:, None] & (units_here < units)[None, :]
     index = row.to(tl.int64)[:, None] * units + units_here[None, :]
@@ -80,7 +80,7 @@ def decode_tile(
     packed, absmax, nested_absmax, nested_offset, dynamic, table,
     row, unit, n, units, BLOCK_SIZE: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """float32 [R, UNITS * UNIT] of W, not yet rounded; 0 outside of W.
+    """float32 [R, UNITS * UNIT] of W, not yet rounded; finite outside of W, where x is 0.
 
     UNIT divides both a row of W and a block, so that one scale serves a unit.
     """

@@ -1,7 +1,9 @@
 """Products with a packed weight on a GPU:   y = x Wᵀ   and its backward   dx = dy W,   W [N, K]
 
-Few rows of x are limited by reading W, so `few_rows_kernel` spends as little as it can per code: it looks the code up,
-multiplies by x and adds, and multiplies by the scale once per unit of 32 or 64 codes. No decoded weight exists.
+Few rows of x are limited by reading W, so `few_rows_kernel` spends as little as it can per code: it shifts, looks up,
+multiplies by the scale, and adds the product with x. No decoded weight leaves its registers. Its codes are not joined
+as `unpack` joins them: a word is broadcast against 8 shifts with the element as the *first* axis, which the compiler
+gives to registers and not to threads, and nothing has to be put back in order, since all that follows is a sum.
 
 From some rows on, tensor cores pay: `many_rows_kernel` and `backward_kernel` decode a tile of W into registers, round
 it once to the dtype of x, which makes it the same numbers as `dequantize`, and multiply. The backward needs no
@@ -48,7 +50,7 @@ def few_rows_kernel(
     e = tl.arange(0, WORD)
     shifts = (8 * (e // 2) + 4 * (1 - e % 2))[:, None, None]
     WORDS: tl.constexpr = UNITS * UNIT // WORD  # of a row, in one step
-    # One sum per weight of a step, so that no thread waits for another before the end. Element first: see above.
+    # One sum per weight of a step, so that no thread waits for another before the end.
     total = tl.zeros([BM, WORD, ROWS, WORDS], tl.float32)
     for first in range(begin, min(begin + units_per_split, units), UNITS):
         words = load_words(packed, row, first, n, units, UNIT, UNITS)  # [ROWS, WORDS]
@@ -88,7 +90,6 @@ def many_rows_kernel(
     BM: tl.constexpr,  # rows of x, in one program
     BN: tl.constexpr,  # rows of W, in one program
     UNITS: tl.constexpr,  # of each row, in one step
-    PRECISION: tl.constexpr,  # of the products: "ieee" for float32
 ):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -104,7 +105,7 @@ def many_rows_kernel(
             packed, absmax, nested_absmax, nested_offset, dynamic, entries,
             columns, first, n, units, BLOCK_SIZE, UNIT, UNITS, NESTED,
         )  # fmt: skip
-        total = tl.dot(xs, tl.trans(w.to(x.dtype.element_ty)), total, input_precision=PRECISION)
+        total = tl.dot(xs, tl.trans(w.to(x.dtype.element_ty)), total, input_precision="ieee")
     at = (tl.program_id(2).to(tl.int64) * m + rows)[:, None] * n + columns[None, :]
     tl.store(sums + at, total.to(sums.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
@@ -129,7 +130,6 @@ def backward_kernel(
     BM: tl.constexpr,  # rows of dy, in one program
     BN: tl.constexpr,  # rows of W, in one step
     UNITS: tl.constexpr,  # of each row of W, in one program
-    PRECISION: tl.constexpr,  # of the products: "ieee" for float32
 ):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     unit = tl.program_id(1) * UNITS
@@ -144,7 +144,7 @@ def backward_kernel(
             packed, absmax, nested_absmax, nested_offset, dynamic, entries,
             reduced, unit, n, units, BLOCK_SIZE, UNIT, UNITS, NESTED,
         )  # fmt: skip
-        total = tl.dot(dys, w.to(dy.dtype.element_ty), total, input_precision=PRECISION)
+        total = tl.dot(dys, w.to(dy.dtype.element_ty), total, input_precision="ieee")
     k_size = units * UNIT
     k = tl.program_id(1) * (UNITS * UNIT) + tl.arange(0, UNITS * UNIT)
     at = (tl.program_id(2).to(tl.int64) * m + rows)[:, None] * k_size + k[None, :]

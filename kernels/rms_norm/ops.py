@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import FLOATS, choose_backend
+from ..dispatch import FLOATS, check_together, choose_backend
 
 MAX_COLUMNS = 8192  # of a row that a Triton program holds in registers
 
@@ -38,6 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
     """
     if weight.ndim != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)}, wanted [..., D] and [D]")
+    check_together(x=x, weight=weight)
     on_gpu = choose_backend(x, backend, obstacle=lambda: _obstacle(x, weight)) == "triton"
     if not torch.is_grad_enabled():
         return _forward(x, weight, eps, on_gpu)[0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import FLOATS, choose_backend
+from ..dispatch import FLOATS, check_together, choose_backend
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
@@ -40,6 +40,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
         )
     if cos.dtype != sin.dtype:
         raise ValueError(f"cos is {cos.dtype} and sin {sin.dtype}, wanted one dtype")
+    check_together(x=x, cos=cos, sin=sin)
     on_gpu = choose_backend(x, backend, obstacle=lambda: _obstacle(cos)) == "triton"
     if not torch.is_grad_enabled():
         return _turn(x, cos, sin, on_gpu)

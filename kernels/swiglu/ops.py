@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import choose_backend
+from ..dispatch import check_together, choose_backend
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -34,6 +34,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(
             f"gate is {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}, wanted two that are alike"
         )
+    check_together(gate=gate, up=up)
     on_gpu = choose_backend(gate, backend) == "triton"
     if not torch.is_grad_enabled():
         return _forward(gate, up, on_gpu)

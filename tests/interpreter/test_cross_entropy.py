@@ -62,3 +62,11 @@ def test_the_fused_loss_has_at_most_twice_the_error_of_torch(dtype):
         results[backend] = [t.detach().double() for t in (loss, h.grad, w.grad)]
     for got, other, want in zip(results["triton"], results["torch"], results["exact"], strict=True):
         assert (got - want).norm() <= 2 * (other - want).norm() + 1e-6 * want.norm()
+
+
+def test_labels_of_any_stride():
+    g = torch.Generator().manual_seed(2)
+    hidden, head = torch.randn(9, 24, generator=g), torch.randn(50, 24, generator=g)
+    labels = torch.randint(50, (9, 2), generator=g)[:, 1]
+    loss = linear_cross_entropy(hidden, head, labels, backend="triton")
+    torch.testing.assert_close(loss, linear_cross_entropy(hidden, head, labels.clone(), backend="torch"))

@@ -121,7 +121,7 @@ def test_unit_vectors_give_the_weight_itself(n, k, block_size, dtype):
     w = packed_weight(n, k, kind="fp4" if n == 33 else "nf4", block_size=block_size)
     want = nf4.dequantize(**w, dtype=dtype, backend="reference")
     eye = torch.eye(k, dtype=dtype)
-    for rows in (eye[:4], eye[k - 3 :], eye[:5], eye):  # few, few, many, many in several programs
+    for rows in (eye[:1], eye[k - gpu.FEW_ROWS :], eye[: gpu.FEW_ROWS + 1], eye):  # few, few, many, many programs
         got = nf4.matmul(rows, **w, backend="triton")
         assert torch.equal(got.T, want[:, rows.argmax(1)])
     assert torch.equal(nf4.matmul_backward(torch.eye(n, dtype=dtype), **w, backend="triton"), want)
@@ -130,7 +130,7 @@ def test_unit_vectors_give_the_weight_itself(n, k, block_size, dtype):
 def test_what_is_not_finite_reaches_its_own_results_only():
     w = packed_weight(70, 128, double_quant=False)
     w["absmax"][5] = float("nan")  # row 2, second block
-    for m in (3, 20):
+    for m in (gpu.FEW_ROWS, 20):
         x = torch.randn(m, 128, generator=generator())
         x[1, 70] = float("nan")
         expected = torch.zeros(m, 70, dtype=torch.bool)

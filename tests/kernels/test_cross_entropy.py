@@ -75,10 +75,10 @@ def test_extreme_logits_stay_finite() -> None:
             torch.zeros(2, 3),
             torch.zeros(5, 3),
             torch.zeros(3, dtype=torch.int64),
-            r"labels \[3\], wanted one for each of 2",
+            r"labels torch.int64 \[3\], wanted int64, one for each of 2",
         ),
-        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 5]), "labels reach 5, the vocabulary ends at 4"),
-        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, -100]), "labels reach"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 5]), "labels go from 0 to 5, wanted 0 to 4: leave out"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, -100]), "labels go from -100 to 0"),
     ],
 )
 def test_what_does_not_fit(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, message: str) -> None:

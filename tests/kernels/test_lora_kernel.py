@@ -163,3 +163,13 @@ def test_a_named_backend_runs_or_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match=r"backend='triton' cannot run: dtype=torch.float64, and it takes float32"):
         add_lora(*(t.double() for t in arguments), scaling=S, backend="triton")
+
+
+def test_under_autocast_with_the_backward_outside():
+    g = torch.Generator().manual_seed(3)
+    base, x, a, b = (torch.randn(s, generator=g, requires_grad=True) for s in ((5, 7), (5, 6), (2, 6), (7, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = add_lora(base, x, a, b, scaling=2.0)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.float32
+    torch.testing.assert_close(y, base + 2.0 * (x @ a.T) @ b.T)

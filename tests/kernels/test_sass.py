@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import sass
-import sass_cases
+from triton.backends.compiler import GPUTarget
 
 NVIDIA = [name for name, target in sass.TARGETS.items() if target.backend == "cuda"]
 CASES = {case.name: case for case in sass.cases("bf16")}
@@ -68,14 +68,23 @@ def test_other_dtypes_do_not_spill_either(dtype):
             assert sass.compile_case(case, sass.TARGETS["sm_90"]).spilled == 0, case.name
 
 
-@pytest.mark.parametrize("name", [case.name for case in sass_cases.layer_cases("bf16")])
+@pytest.mark.parametrize("name", CASES)
 def test_sizes_of_one_compile(name):
-    """A launch makes an integer that is 1 a constant of the program, which the interpreter does not."""
+    """A launch makes an integer that is 1 a constant of the program, which the interpreter does not: all, and each."""
     case = CASES[name]
     sizes = [size for size, kind in case.signature.items() if kind == "i32"]
-    signature = {key: kind for key, kind in case.signature.items() if kind != "i32"}
-    constants = {**case.constants, **dict.fromkeys(sizes, 1)}
-    assert sizes and sass.compile_case(case._replace(signature=signature, constants=constants), sass.TARGETS["sm_90"])
+    for ones in (sizes, sizes[:1]):  # the first is often the number of rows of x
+        signature = {key: kind for key, kind in case.signature.items() if key not in ones}
+        made = case._replace(signature=signature, constants={**case.constants, **dict.fromkeys(ones, 1)})
+        assert sizes and sass.compile_case(made, sass.TARGETS["sm_90"]).spilled == 0
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx950", "gfx1100"])
+def test_other_cards_of_amd_compile_the_products(arch):
+    """Which names of precision `tl.dot` takes differs between them."""
+    target = GPUTarget("hip", arch, 32 if arch == "gfx1100" else 64)
+    for name in ("many rows, 16 at a time", "backward, 128 at a time", "lora, R=8"):
+        assert sass.compile_case(CASES[name], target).registers
 
 
 def test_16_bit_results_are_rounded_to_nearest_even():

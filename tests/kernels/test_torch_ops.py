@@ -83,3 +83,15 @@ print(sorted(m for m in sys.modules if m.startswith(("torch._dynamo", "torch._in
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_the_default_device_is_not_asked():
+    """`with torch.device(...)` around code that uses layers on the CPU: what C writes to has to be memory."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 48))
+    x, w = torch.randn(40, 64, generator=generator()), torch.randn(8, 64, generator=generator())
+    want = layer(x)
+    with torch.device("meta"):
+        got, (packed, absmax) = layer(x), nf4.quantize(w)
+        codes, nested = nf4.quantize_absmax(absmax)
+        decoded = nf4.dequantize(packed, codes, shape=(8, 64), nested=nested)
+    assert torch.equal(got, want) and decoded.device.type == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ def bench() -> Iterator[ModuleType]:
         import bench_nf4
 
         yield bench_nf4
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """The benchmarks silence logging for their process, which here is that of all other tests."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 class Event:
@@ -219,11 +227,11 @@ def test_without_a_gpu_triton_is_interpreted(bench: ModuleType, monkeypatch: pyt
 
     monkeypatch.setattr(bench.child, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(bench.gpu, "why_not", lambda: None)
+    monkeypatch.setattr(bench, "why_no_triton", lambda: None)
     *_, last = bench.exactness(64)
     assert last["job"].arguments == {"values": 64, "backend": "triton", "dtypes": ["float32"]}
     assert last["job"].env == {"TRITON_INTERPRET": "1"}
-    monkeypatch.setattr(bench.gpu, "why_not", lambda: "no triton")
+    monkeypatch.setattr(bench, "why_no_triton", lambda: "no triton")
     assert [one["title"] for one in bench.exactness(64)] == ["C", "bitsandbytes on the CPU"]
     assert bench.on_gpu() is None
 

@@ -43,6 +43,10 @@ def _product_backward(dy: Tensor, q: QuantizedTensor) -> Tensor:
     )
 
 
+def _add(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)
+
+
 class _QuantizedLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b with W decoded in both passes."""
 
@@ -56,11 +60,14 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         nested_absmax: Tensor | None,
         nested_offset: Tensor | None,
         meta: tuple[Kind, int, tuple[int, ...], torch.dtype],
+        fused: nf4.Matmul | None = None,
     ) -> Tensor:
         # Saved as tensors, though they are buffers, so that autograd notices if someone writes to them
         # meanwhile.
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-        ctx.meta = meta
+        ctx.meta, ctx.fused = meta, fused
+        if fused is not None:
+            return _add(fused(x.contiguous()), bias)
         return _product(x, QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), bias)
 
     @staticmethod
@@ -68,11 +75,15 @@ class _QuantizedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = _product_backward(dy, QuantizedTensor(*ctx.saved_tensors, *ctx.meta))
+            parts = ctx.saved_tensors
+            if ctx.fused is not None and ctx.fused.has_backward(dy.dtype) and ctx.fused.is_over(*parts):
+                dx = ctx.fused.backward(dy.contiguous())
+            else:
+                dx = _product_backward(dy, QuantizedTensor(*parts, *ctx.meta))
         if ctx.needs_input_grad[1]:
             # db = sum over rows of dy
             db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
-        return dx, db, None, None, None, None, None
+        return dx, db, None, None, None, None, None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -148,17 +159,18 @@ class QuantizedLinear(nn.Module):
         if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return self._forward_only(x, bias)
         y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, bias, self.packed, self.absmax, self.nested_absmax, self.nested_offset, self._meta
+            x, bias, self.packed, self.absmax, self.nested_absmax, self.nested_offset, self._meta, self._fused_for(x)
         )
         return y
 
     def _forward_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.is_cpu and x.numel() <= nf4.FUSED_ROWS.get(x.dtype, 0) * self.in_features:
-            fused = self._fused_matmul()
-            if fused is not None:
-                y = fused(x.contiguous())
-                return y if bias is None else y.add_(bias)
-        return _product(x, self.quantized, bias)
+        fused = self._fused_for(x)
+        return _product(x, self.quantized, bias) if fused is None else _add(fused(x.contiguous()), bias)
+
+    def _fused_for(self, x: Tensor) -> nf4.Matmul | None:
+        """The fused product, if it is the one to take for so many rows."""
+        few = x.is_cpu and x.numel() <= nf4.fused_rows(x.dtype, x.device) * self.in_features
+        return self._fused_matmul() if few else None
 
     def _fused_matmul(self) -> nf4.Matmul | None:
         """The fused product with the weight this layer holds now, or None where there is none."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
-LEVELS = ("scalar", "avx2", "avx512", "neon")  # the numbers that the C files use
-FAMILIES = (("scalar", "avx2", "avx512"), ("scalar", "neon"))  # each kind of processor, its levels in rising order
+LEVELS = ("scalar", "avx2", "avx512", "amx", "neon")  # the numbers that the C files use
+FAMILIES = (
+    ("scalar", "avx2", "avx512", "amx"),
+    ("scalar", "neon"),
+)  # each kind of processor, its levels in rising order
 
 
 class LevelError(ValueError):

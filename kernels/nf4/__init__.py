@@ -8,7 +8,7 @@ from .codebook import DYNAMIC, FP4, NF4, Kind, check_kind
 from .cpu import Matmul
 from .errors import QuantizationError
 from .ops import dequantize, quantize, quantize_absmax
-from .products import FUSED_ROWS, matmul, matmul_backward, prepare_matmul
+from .products import FUSED_ROWS, fused_rows, matmul, matmul_backward, prepare_matmul
 from .reference import Nested
 from .torch_ops import nf4_matmul
 
@@ -26,6 +26,7 @@ __all__ = [
     "available_backends",
     "check_kind",
     "dequantize",
+    "fused_rows",
     "matmul",
     "matmul_backward",
     "nf4_matmul",

@@ -16,13 +16,19 @@
 #include <immintrin.h>
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#if defined(__linux__) && defined(__has_include)
+#if __has_include(<amxbf16intrin.h>) /* GCC 11, clang 11 */
+#define HAVE_AMX 1
+#define TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
+#endif
+#endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define ARM 1
 #include <arm_neon.h> /* every AArch64 processor has it: no target attribute */
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { SCALAR, AVX2, AVX512, NEON };   /* native/level.py: LEVELS */
+enum { SCALAR, AVX2, AVX512, AMX, NEON }; /* native/level.py: LEVELS; each of x86 includes those before it */
 enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */
 enum { NESTED_BLOCK_SIZE = 256 };      /* reference.py */
 enum { TASK = 65536 };                 /* elements: enough work to be worth handing to a thread */

@@ -1,21 +1,46 @@
 /* The C kernels of this folder as one source: one compilation, one library. Read common.c first. */
 
+#define _GNU_SOURCE /* syscall, in amx.c */
+
 #include "common.c"
 
 #include "dequantize.c"
 #include "quantize.c"
 #include "matmul.c"
+#include "amx.c"
 
 /* The highest level this processor (and its operating system) can run. */
 int32_t qlorag_nf4_best_level(void) {
 #ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
+#ifdef HAVE_AMX
+        if (has_amx()) return AMX;
+#endif
         return AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2; /* F16C is older than AVX2 */
 #elif defined(ARM)
     return NEON;
 #endif
     return SCALAR;
+}
+
+/* y = x Wᵀ; x: [rows][K], y: [rows][N], both of dtype. Returns whether there was memory for a copy of x. */
+int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t rows, int32_t dtype, int32_t threads) {
+    if (rows == 0) return 1;
+#ifdef HAVE_AMX
+    if (a->level == AMX && dtype == BFLOAT16 && rows >= AMX_ROWS) return forward_amx(a, x, y, rows, threads);
+#endif
+    return matmul_fused(a, x, y, rows, dtype, threads);
+}
+
+/* dx = dy W in bfloat16, for level AMX alone; dy: [rows][N], dx: [rows][K]. Returns whether there was memory. */
+int32_t qlorag_nf4_matmul_backward(const matmul_args *a, const void *dy, void *dx, int64_t rows, int32_t threads) {
+#ifdef HAVE_AMX
+    return rows == 0 || backward_amx(a, dy, dx, rows, threads);
+#else
+    return (void)a, (void)dy, (void)dx, (void)rows, (void)threads, 0;
+#endif
 }

@@ -95,6 +95,8 @@ def library() -> Library:
     handle.qlorag_nf4_quantize_absmax.restype = None
     handle.qlorag_nf4_matmul.argtypes = [pointer] * 3 + [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     handle.qlorag_nf4_matmul.restype = ctypes.c_int32
+    handle.qlorag_nf4_matmul_backward.argtypes = [pointer] * 3 + [ctypes.c_int64, ctypes.c_int32]
+    handle.qlorag_nf4_matmul_backward.restype = ctypes.c_int32
     return loaded
 
 
@@ -110,6 +112,11 @@ def level() -> int:
         return choose_level(best_level())
     except LevelError as error:
         raise QuantizationError(str(error)) from error
+
+
+def has_matrix_unit() -> bool:
+    """Whether bfloat16 products run on one (amx.c). Raises QuantizationError, NativeBuildError as level does."""
+    return LEVELS[level()] == "amx"
 
 
 def describe() -> str:
@@ -202,6 +209,8 @@ class Matmul:
         )
         self._address = ctypes.addressof(self._args)
         self._run = library().handle.qlorag_nf4_matmul
+        self._run_backward = library().handle.qlorag_nf4_matmul_backward
+        self._has_matrix_unit = has_matrix_unit()
 
     def is_over(
         self, packed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None, nested_offset: Tensor | None
@@ -214,11 +223,23 @@ class Matmul:
         same = a is packed and b is absmax and c is nested_absmax and d is nested_offset
         return same and [0 if part is None else part.data_ptr() for part in self._parts] == self._addresses
 
+    def has_backward(self, dtype: torch.dtype) -> bool:
+        """Whether `backward` takes this dtype: bfloat16, on a processor with a matrix unit."""
+        return self._has_matrix_unit and dtype == torch.bfloat16
+
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [..., K] to y [..., N] in its dtype; x is contiguous, on the CPU, and its dtype in DTYPES."""
         y = x.new_empty((*x.shape[:-1], self.out_features))
         rows = x.numel() // self.in_features
         threads = torch.get_num_threads()
         if not self._run(self._address, x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype], threads):
-            raise MemoryError(f"no memory for a copy of x, {list(x.shape)} in float32")
+            raise MemoryError(f"no memory for a copy of x, {list(x.shape)}")
         return y
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """Map dy [..., N] to dx = dy W [..., K]; dy is contiguous, on the CPU, and has_backward(its dtype) is true."""
+        dx = dy.new_empty((*dy.shape[:-1], self.in_features))
+        rows = dy.numel() // self.out_features
+        if not self._run_backward(self._address, dy.data_ptr(), dx.data_ptr(), rows, torch.get_num_threads()):
+            raise MemoryError(f"no memory for a copy of dy, {list(dy.shape)}")
+        return dx

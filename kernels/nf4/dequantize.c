@@ -277,7 +277,7 @@ typedef void (*dequantize_blocks)(const dequantize_args *, int64_t first, int64_
 
 static dequantize_blocks choose_dequantize(const dequantize_args *a) {
 #ifdef X86
-    if (a->level == AVX512) return a->dtype == FLOAT32 ? blocks_32_avx512 : blocks_16_avx512;
+    if (a->level >= AVX512) return a->dtype == FLOAT32 ? blocks_32_avx512 : blocks_16_avx512;
     if (a->level == AVX2) return a->dtype == FLOAT32 ? blocks_32_avx2 : blocks_16_avx2;
 #endif
 #ifdef ARM

@@ -193,11 +193,18 @@ static void pass_neon(int rows, int width, matmul_pass *p) { /* each call is inl
 
 #endif /* ARM */
 
-/* The scale of each of `count` units from `first` on, where a block is 2^shift units. */
+/* A block is 2^shift units. */
+static int shift_of(const matmul_args *a) {
+    int shift = 0;
+    while (UNIT << shift < a->w.block_size) shift++;
+    return shift;
+}
+
+/* The scale of each of `count` units from `first` on. */
 static void scales_of_units(const matmul_args *a, int64_t first, int64_t count, int shift, float *out) {
     const int64_t block = first >> shift, blocks = ((first + count - 1) >> shift) - block + 1;
 #ifdef X86
-    if (a->level == AVX512) scales_avx512(&a->w, block, blocks, out);
+    if (a->level >= AVX512) scales_avx512(&a->w, block, blocks, out);
     else
 #endif
         scales_of(&a->w, block, blocks, out);
@@ -225,7 +232,7 @@ typedef void (*pass_function)(int rows, int width, matmul_pass *);
 
 static pass_function choose_pass(const matmul_args *a) {
 #ifdef X86
-    if (a->level == AVX512) return pass_avx512;
+    if (a->level >= AVX512) return pass_avx512;
     if (a->level == AVX2) return pass_avx2;
 #endif
 #ifdef ARM
@@ -235,12 +242,10 @@ static pass_function choose_pass(const matmul_args *a) {
 }
 
 /* x: [rows][K], y: [rows][N], both of dtype. Returns whether there was memory for the permuted x. */
-int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t rows, int32_t dtype, int32_t threads) {
+static int32_t matmul_fused(const matmul_args *a, const void *x, void *y, int64_t rows, int32_t dtype, int32_t threads) {
     const int64_t units = a->in_features / UNIT, n = a->out_features, groups = (n + ROWS - 1) / ROWS;
     const pass_function run = choose_pass(a);
-    int shift = 0;
-    while (UNIT << shift < a->w.block_size) shift++;
-    if (rows == 0) return 1;
+    const int shift = shift_of(a);
     float *const permuted = aligned_alloc(64, (size_t)(rows * units * UNIT) * sizeof(float));
     if (!permuted) return 0;
     permute(x, rows, units, dtype, permuted);

@@ -2,11 +2,13 @@
 
 For few rows no decoded weight exists. For many, W is decoded and the platform's GEMM multiplies: from some number of
 rows on, that makes up for the decoding. Where, depends on the dtype and the machine; the tables below say up to how
-many rows the fused product is taken, and the README how they were measured.
+many rows the fused product is taken, and the README how they were measured. A processor with a matrix unit multiplies
+any number of rows of bfloat16 straight from the packed weight, forward and backward.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +52,7 @@ def matmul(
     check_x(x, shape, packed.device)
     check_bias(bias, shape[0], x)
     obstacles = {"triton": _why_no_unit(shape, block_size), "c": _why_not_fused(shape, block_size)}
-    if backend is None and x.numel() > _fused_rows(x) * shape[1]:
+    if backend is None and x.numel() > fused_rows(x.dtype, x.device) * shape[1]:
         obstacles = {"triton": "x has many rows", "c": "x has many rows"}
     chosen = choose_backend(x.device, x.dtype, backend, obstacles=obstacles)
     if chosen == "triton":
@@ -76,18 +78,25 @@ def matmul_backward(
     """Dx = dy W, the gradient of `matmul` with respect to x; W [N, K] is frozen and has none.
 
     dy:      [..., N], float32, float16, bfloat16, or (reference only) float64; the rest as for matmul.
-    backend: "triton" multiplies the packed weight; "reference" decodes it to the dtype of dy first, as does None
-             where Triton does not run or dy has more than GPU_FUSED_ROWS rows.
+    backend: "triton", and "c" on a processor with a matrix unit and in bfloat16, multiply the packed weight.
+             "reference" decodes it to the dtype of dy first, as does None where neither of the two runs, or on a GPU
+             for more than GPU_FUSED_ROWS rows.
     Returns dx [..., K] in the dtype of dy.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
-    obstacles = {"triton": _why_no_unit(shape, block_size), "c": "there is no C kernel: W is decoded, then multiplied"}
+    obstacles = {
+        "triton": _why_no_unit(shape, block_size),
+        "c": _why_not_fused(shape, block_size) or _why_no_backward(dy),
+    }
     if backend is None and dy.numel() > GPU_FUSED_ROWS * shape[0]:
         obstacles["triton"] = "dy has many rows"
-    if choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles) == "triton":
+    chosen = choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles)
+    if chosen == "triton":
         return gpu.matmul_backward(dy, w)
+    if chosen == "c":
+        return cpu.Matmul(w).backward(dy.contiguous())
     return dy @ _decode(w, dy.dtype)
 
 
@@ -116,8 +125,23 @@ def prepare_matmul(
     return cpu.Matmul(w)
 
 
-def _fused_rows(x: Tensor) -> int:
-    return GPU_FUSED_ROWS if x.is_cuda else FUSED_ROWS.get(x.dtype, 0)
+def fused_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many rows of x `matmul` multiplies W without decoding it first."""
+    if device.type == "cuda":
+        return GPU_FUSED_ROWS
+    if dtype == torch.bfloat16 and _multiplies_bfloat16(device):
+        return sys.maxsize
+    return FUSED_ROWS.get(dtype, 0)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return why_not_c(device, torch.bfloat16) is None and cpu.has_matrix_unit()
+
+
+def _why_no_backward(dy: Tensor) -> str | None:
+    if dy.dtype == torch.bfloat16 and _multiplies_bfloat16(dy.device):
+        return None
+    return "its C kernel takes bfloat16 on a processor with AMX: otherwise W is decoded, then multiplied"
 
 
 def _why_no_unit(shape: Sequence[int], block_size: int) -> str | None:

@@ -239,7 +239,7 @@ typedef uint32_t (*quantize_blocks)(const quantize_args *, const decision_tree *
 
 static quantize_blocks choose_quantize(const quantize_args *a) {
 #ifdef X86
-    if (a->level == AVX512) return quantize_avx512;
+    if (a->level >= AVX512) return quantize_avx512;
     if (a->level == AVX2) return quantize_avx2;
 #endif
 #ifdef ARM

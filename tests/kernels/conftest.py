@@ -37,6 +37,14 @@ def level(request, monkeypatch):
 
 
 @pytest.fixture
+def matrix_unit(monkeypatch):
+    """The products of amx.c."""
+    if "amx" not in levels_up_to(cpu.best_level()):
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setenv("QLORAG_CPU_LEVEL", "amx")
+
+
+@pytest.fixture
 def poisoned():
     """torch.empty gives NaN, or the largest integer, so that an element left unwritten shows."""
     torch.use_deterministic_algorithms(True)
@@ -53,7 +61,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-OPERATIONS = ("dequantize", "quantize", "quantize_absmax", "matmul")
+OPERATIONS = ("dequantize", "quantize", "quantize_absmax", "matmul", "matmul_backward")
 
 
 @dataclass(frozen=True)
@@ -306,6 +314,29 @@ def product_calls() -> Iterable[Call]:
         yield product_call(rows, k, n, dtype, next(block_sizes), double_quant=rows % 2 == 0)
 
 
+def backward_call(rows: int, k: int, n: int, block_size: int, *, double_quant: bool) -> Call:
+    packed, absmax, nested = weight(n * k, block_size, double_quant=double_quant)
+    dy = torch.randn(rows, n, generator=generator(n)).bfloat16()
+    options = {"shape": (n, k), "kind": "nf4", "block_size": block_size, "nested": nested}
+    exact = dy.double() @ nf4.dequantize(packed, absmax, **options, dtype=torch.float64)
+    torchs = nf4.matmul_backward(dy, packed, absmax, **options, backend="reference")
+    inputs = (*weight_inputs(packed, absmax, nested, "nf4"), dy)
+    sizes = {"block_size": block_size, "numel": n * k, "shape": (n, k), "rows": rows}
+    return Call("matmul_backward", inputs, (torchs,), returns=1, exact=exact, dtype=torch.bfloat16, **sizes)
+
+
+def matrix_unit_calls() -> Iterable[Call]:
+    """Rows in and beside tiles of 16 and pairs of them; W that ends inside a tile, a pair of rows, a cached block."""
+    block_sizes = itertools.cycle(BLOCK_SIZES[1:])
+    for rows, k, n in itertools.product((4, 15, 16, 17, 32, 33, 49), (64, 192, 576, 1088), (1, 16, 31, 33, 70, 289)):
+        double_quant = rows % 2 == 0
+        yield product_call(rows, k, n, torch.bfloat16, next(block_sizes), double_quant=double_quant)
+        yield backward_call(rows, k, n, next(block_sizes), double_quant=double_quant)
+    for rows in (520, 1):
+        yield product_call(max(rows, 4), 128, 50, torch.bfloat16, 64, double_quant=True)
+        yield backward_call(rows, 128, 50, 64, double_quant=True)
+
+
 def large_calls() -> Iterable[Call]:
     """Work for several threads."""
     w = torch.randn(300_001, generator=generator(0))
@@ -324,5 +355,6 @@ def calls() -> dict[str, list[Call]]:
         "dequantize": list(dequantize_calls()),
         "quantize": [*quantize_calls(), *absmax_calls()],
         "matmul": [*identity_calls(), *product_calls()],
+        "matrix unit": list(matrix_unit_calls()),
         "large": list(large_calls()),
     }

@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { DEQUANTIZE, QUANTIZE, QUANTIZE_ABSMAX, MATMUL }; /* conftest.py: OPERATIONS */
+enum { DEQUANTIZE, QUANTIZE, QUANTIZE_ABSMAX, MATMUL, MATMUL_BACKWARD }; /* conftest.py: OPERATIONS */
 enum { ABSENT, INPUT, OUTPUT };
 enum { BUFFERS = 8 };
 
@@ -89,8 +89,9 @@ static int64_t run(const call *c, void *const *b) {
         qlorag_nf4_quantize_absmax(b[0], b[1], b[2], c->numel, b[3], b[4]);
         return 0;
     }
-    if (c->operation != MATMUL) stop("no such operation");
     const matmul_args args = {q, c->out_features, c->in_features, level};
+    if (c->operation == MATMUL_BACKWARD) return qlorag_nf4_matmul_backward(&args, b[6], b[7], c->rows, threads);
+    if (c->operation != MATMUL) stop("no such operation");
     return qlorag_nf4_matmul(&args, b[6], b[7], c->rows, dtype, threads);
 }
 

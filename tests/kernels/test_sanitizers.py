@@ -26,6 +26,10 @@ def test_nothing_outside_the_buffers_nothing_undefined(driver, calls, level, ope
     driver.check(calls[operation], level)
 
 
+def test_the_matrix_unit(driver, calls, matrix_unit):
+    driver.check(calls["matrix unit"], "amx")
+
+
 def test_one_byte_too_few_is_caught(driver, one_byte_short, level):
     done = driver.start(one_byte_short(level))
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
@@ -48,3 +52,12 @@ def test_streaming_stores_end_with_the_buffer(guarded, calls, level):
     guarded.check(streamed, level)
     short = streamed[-1].encode(level, short=6, by=64)  # 64, so that it begins where it may be streamed to
     assert guarded.start(short).returncode in (-SIGSEGV, -SIGBUS)
+
+
+@pytest.mark.parametrize("operation", ["matmul", "matmul_backward"])
+@pytest.mark.parametrize("buffer", [0, 1, 2, 3, 5, 6, 7])  # not 4, the 256 numbers of a second table
+def test_the_matrix_unit_ends_with_the_buffer(guarded, calls, matrix_unit, operation, buffer):
+    """Nor does the sanitizer know tiles and masked stores."""
+    calls_of_32 = [c for c in calls["matrix unit"] if c.operation == operation and c.rows == 32 and c.numel > 10_000]
+    guarded.check(calls_of_32, "amx")
+    assert guarded.start(calls_of_32[0].encode("amx", short=buffer)).returncode in (-SIGSEGV, -SIGBUS)

@@ -33,12 +33,6 @@
 #include <unistd.h>
 
 /* The compiler does not know that tile instructions read and write memory. */
-#ifdef _OPENMP
-#include <omp.h>
-#define thread_number() omp_get_thread_num()
-#else
-#define thread_number() 0
-#endif
 #define TILES_SEE_MEMORY __asm__ volatile("" ::: "memory")
 
 enum { TILE = 16, TILE_BYTES = 1024, PLANES = 2 };

@@ -17,7 +17,7 @@
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #if defined(__linux__) && defined(__has_include)
-#if __has_include(<amxbf16intrin.h>) /* GCC 11, clang 11 */
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>) /* GCC 11, clang 12 */
 #define HAVE_AMX 1
 #define TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
 #endif
@@ -27,6 +27,15 @@
 #include <arm_neon.h> /* every AArch64 processor has it: no target attribute */
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+#ifdef _OPENMP
+#include <omp.h>
+#define thread_number() omp_get_thread_num()
+#else /* the number of threads is then used nowhere */
+#define thread_number() 0
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#pragma GCC diagnostic ignored "-Wunused-variable"
+#endif
 
 enum { SCALAR, AVX2, AVX512, AMX, NEON }; /* native/level.py: LEVELS; each of x86 includes those before it */
 enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */

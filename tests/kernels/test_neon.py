@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from signal import SIGBUS, SIGSEGV
 
@@ -25,12 +26,27 @@ def driver(build_driver):
     return build_driver(COMPILER, "-static", "-fopenmp", start=(EMULATOR,))
 
 
-def test_it_compiles_without_a_warning(tmp_path):
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"{COMPILER} is not installed")
-    flags = (*build.FLAGS, "-fopenmp", "-Wall", "-Wextra", "-Werror")
+ZIG = (sys.executable, "-m", "ziglang", "cc")  # a clang with headers for every target, from the package index
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param((COMPILER, "-fopenmp"), id="gcc"),
+        pytest.param((*ZIG, "-target", "aarch64-linux-musl"), id="clang"),
+        pytest.param((*ZIG, "-target", "x86_64-linux-gnu", "-mcpu=x86_64"), id="clang-x86"),  # a second opinion
+        pytest.param((*ZIG, "-target", "riscv64-linux-musl"), id="clang-scalar"),  # neither of the two families
+    ],
+)
+def test_it_compiles_without_a_warning(compiler, tmp_path, monkeypatch):
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"{compiler[0]} is not installed")
+    for name in ("ZIG_LOCAL_CACHE_DIR", "ZIG_GLOBAL_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "zig"))
+    flags = (*build.FLAGS, "-Wall", "-Wextra", "-Werror")
     source = Path(cpu.__file__).with_name("cpu.c")
-    subprocess.run([COMPILER, *flags, "-c", str(source), "-o", str(tmp_path / "cpu.o")], check=True)
+    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(tmp_path / "cpu.o")], check=True)
+    assert (tmp_path / "cpu.o").stat().st_size > 10_000
 
 
 @AT_ALL_LEVELS

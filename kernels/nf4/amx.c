@@ -149,16 +149,22 @@ TARGET_AMX static void arrange_x(const uint16_t *x, int64_t rows, int columns, i
     }
 }
 
-/* y[first_m + m][first_n + n] = c[n][m], rounded; c has 16 rows of `stride` numbers. */
-TARGET_AMX static void write_transposed(const float *c, int columns, uint16_t *y, int64_t n, int64_t first_n, int64_t count_n,
+/* y[m][n] = c[n][m], rounded, for up to 16 m and up to 32 n; c: two tiles of `columns` numbers a row, `next` apart. */
+TARGET_AMX INLINE void write_transposed(const float *c, int64_t next, int columns, uint16_t *y, int64_t stride, int64_t count_n,
                                         int64_t count_m) {
-    __m512i lines[TILE];
+    __m512i low[TILE], high[TILE];
     const __mmask16 some = (__mmask16)((1 << columns) - 1);
-    for (int i = 0; i < TILE; i++) lines[i] = _mm512_maskz_loadu_epi32(some, c + i * columns);
-    transpose(lines);
-    const __mmask16 valid = (__mmask16)((1 << count_n) - 1);
-    for (int64_t m = 0; m < count_m; m++)
-        _mm256_mask_storeu_epi16(y + m * n + first_n, valid, (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(lines[m])));
+    for (int i = 0; i < TILE; i++) {
+        low[i] = _mm512_maskz_loadu_epi32(some, c + i * columns);
+        high[i] = _mm512_maskz_loadu_epi32(some, c + next + i * columns);
+    }
+    transpose(low);
+    transpose(high);
+    const __mmask32 valid = (__mmask32)(((uint64_t)1 << count_n) - 1);
+    for (int64_t m = 0; m < count_m; m++) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high[m]), _mm512_castsi512_ps(low[m]));
+        _mm512_mask_storeu_epi16(y + m * stride, valid, (__m512i)both);
+    }
 }
 
 /* C 0 .. 3 += A B over `parts` tiles of each of `tiles` rows of tiles of W, and of x. */
@@ -220,7 +226,7 @@ TARGET_AMX static void forward_few(const matmul_args *a, int shift, const uint8_
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         _Alignas(64) uint8_t buffer[2 * FEW_BYTES];
-        _Alignas(64) float c[TILE * TILE];
+        _Alignas(64) float c[FEW_TILES][TILE * TILE];
         float *const scales = own_scales + thread_number() * group * units;
         const __m512 table = _mm512_loadu_ps(a->w.table);
         configure_tiles(columns);
@@ -234,14 +240,13 @@ TARGET_AMX static void forward_few(const matmul_args *a, int shift, const uint8_
             if (tiles == 3) few_rows(packed, scales, units, rows, 3, table, x, columns, buffer);
             if (tiles == 2) few_rows(packed, scales, units, rows, 2, table, x, columns, buffer);
             if (tiles == 1) few_rows(packed, scales, units, rows, 1, table, x, columns, buffer);
-            for (int t = 0; t < tiles; t++) {
-                if (t == 0) _tile_stored(0, c, 4 * columns);
-                if (t == 1) _tile_stored(1, c, 4 * columns);
-                if (t == 2) _tile_stored(2, c, 4 * columns);
-                if (t == 3) _tile_stored(3, c, 4 * columns);
-                TILES_SEE_MEMORY;
-                write_transposed(c, columns, y, n, first + t * TILE, least(rows - t * TILE, TILE), columns);
-            }
+            _tile_stored(0, c[0], 4 * columns); /* what is left over from the rows before is not written on */
+            _tile_stored(1, c[1], 4 * columns);
+            _tile_stored(2, c[2], 4 * columns);
+            _tile_stored(3, c[3], 4 * columns);
+            TILES_SEE_MEMORY;
+            for (int64_t r = 0; r < rows; r += 2 * TILE)
+                write_transposed(c[r / TILE], TILE * TILE, columns, y + first + r, n, least(rows - r, 2 * TILE), columns);
         }
         _tile_release();
     }
@@ -333,10 +338,10 @@ TARGET_AMX static void forward_many(const matmul_args *a, int shift, const uint8
                     }
                 }
                 TILES_SEE_MEMORY;
-                for (int64_t t = 0; t < w_tiles; t++)
-                    for (int64_t m = 0; m < count; m++)
-                        write_transposed(sums + (t * p.wide + m) * TILE * TILE, TILE, y + (top + m) * TILE * n, n, first + t * TILE,
-                                         least(here - t * TILE, TILE), least(rows - (top + m) * TILE, TILE));
+                for (int64_t m = 0; m < count; m++)
+                    for (int64_t r = 0; r < here; r += 2 * TILE)
+                        write_transposed(sums + (r / TILE * p.wide + m) * TILE * TILE, next_c, TILE, y + (top + m) * TILE * n + first + r,
+                                         n, least(here - r, 2 * TILE), least(rows - (top + m) * TILE, TILE));
             }
         }
         _tile_release();

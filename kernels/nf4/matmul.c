@@ -123,8 +123,8 @@ TARGET_AVX512 INLINE void rows_avx512(int first, const int rows, const int width
     for (int64_t u = 0; u < units; u++, packed += UNIT / 2, x += width * UNIT) {
         for (int r = 0; r < rows; r++) {
             word[r] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(packed + r * units * (UNIT / 2))));
-            /* The next rows, which the hardware does not foresee while x streams by. */
-            _mm_prefetch((const char *)packed + (r + ROWS) * units * (UNIT / 2), _MM_HINT_T0);
+            /* The next rows, which the hardware does not foresee while x streams by; a line is two units. */
+            if (u % 2 == 0) _mm_prefetch((const char *)packed + (r + ROWS) * units * (UNIT / 2), _MM_HINT_T0);
             lut[r] = _mm512_mul_ps(table, _mm512_set1_ps(scales[r * units + u]));
         }
         for (int j = 0; j < 4; j++)

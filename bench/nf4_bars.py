@@ -169,8 +169,8 @@ How each is measured stands in `bench_nf4.py` and its neighbours `nf4_*.py`.
     )
     if "scratch_bytes" in (memory := result.get("memory") or {}):
         where += (
-            f"\n\nMemory that is paid once and not per layer, for a weight decoded to "
-            f"{memory['decoded_bytes'] / 2**20:.0f} MiB and the GEMM's own: {memory['scratch_bytes'] / 2**20:.0f} MiB."
+            f"\n\nMemory that is paid once and not per layer: {memory['scratch_bytes'] / 2**20:.0f} MiB. A weight "
+            f"decoded to {memory['decoded_bytes'] / 2**20:.0f} MiB is part of it where there is no matrix unit."
         )
     rows = ["| work | reached | asked | |", "|---|---:|---:|---|"]
     rows += [f"| {' | '.join(bar.cells())} |" for bar in found]

@@ -4,8 +4,8 @@
     saved      the bytes that autograd keeps between the passes and that are none of those buffers
     resident   how much the process grows per layer, from one layer to several, each time in the middle of a step
 
-What is paid once and not per layer, the memory that the weight is decoded into and the GEMM's own, is the growth over
-the first step, named beside them and not spread over the layers.
+What is paid once and not per layer, the memory that the weight is decoded into (without a matrix unit) and the GEMM's
+own, is the growth over the first step, named beside them and not spread over the layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nf4_timing import return_freed
 from qlorag.quant import QuantizedLinear, quantize
 from torch import Tensor
 
-ROWS = 32  # of x: more than the fused product takes, so that the weight is decoded, and little memory of their own
+ROWS = 32  # of x: more than a product of few rows takes, and little memory of their own
 
 STATM = Path("/proc/self/statm")  # Linux
 

@@ -73,14 +73,17 @@ def available_backends() -> list[BackendStatus]:
             detail = cpu.describe()
         except QuantizationError as error:  # QLORAG_CPU_LEVEL is wrong
             why = detail = str(error)
+    no_backward = why or (None if cpu.has_matrix_unit() else "without AMX W is decoded, then multiplied")
     no_gpu = None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
     no_triton = no_gpu or why_no_triton()
+    in_c = dict.fromkeys(("nf4.quantize", "nf4.dequantize", "nf4.matmul"), (why is None, detail))
+    in_c["nf4.matmul_backward"] = (no_backward is None, no_backward or f"{detail}, bfloat16")
     return [
         status
-        for operation in ("nf4.quantize", "nf4.dequantize", "nf4.matmul")
+        for operation, c in in_c.items()
         for status in (
             BackendStatus(operation, "triton", no_triton is None, no_triton or "on tensors of the GPU"),
-            BackendStatus(operation, "c", why is None, detail),
+            BackendStatus(operation, "c", *c),
             BackendStatus(operation, "reference", True, "plain torch, any device"),
         )
     ]

@@ -54,22 +54,23 @@ def bounds(case: Case, compiled: Compiled, card: Card) -> dict[str, float]:
     return found
 
 
-def page(cases: list[Case], results: dict[str, dict[str, Compiled]], dtype: str) -> str:
+def page(cases: list[Case], results: dict[str, dict[str, Compiled]]) -> str:
     """The page as markdown."""
     lines = [
         "# Roofline of the Triton kernels",
         "",
         "Written by `python bench/sass.py --page bench/ROOFLINE.md` from the machine code of the kernels:",
-        f"{dtype}, NF4, block size 64, double-quantized; rows of 4096, heads of 128. **GPU speed: not measured.**",
+        "bfloat16 where the name says nothing else; NF4, block size 64, double-quantized; rows of 4096, heads of 128.",
+        "**GPU speed: not measured.**",
         "",
         "An *element* is one of W for the kernels of `kernels/nf4/`, and one of the result for the others: of y in",
         "`rms_norm`, `rope` and `lora`, of dx in the backward of `rms_norm`, of h in `swiglu`, forward and backward.",
         "",
         "## Machine code",
         "",
-        "inst/elem: instructions of the hot loop per element; shared: passes of shared memory per element; spill:",
-        "bytes of stack and local memory per thread. Loads and stores as number x width in bits. For AMD, instructions",
-        "per element are not counted.",
+        "inst/elem: instructions of the hot loop per element, without the subroutine that a division calls for numbers",
+        "at the ends of the range; shared: passes of shared memory per element; spill: bytes of stack and local memory",
+        "per thread. Loads and stores as number x width in bits. For AMD, instructions per element are not counted.",
         "",
         "| kernel | target | registers | spill | inst/elem | shared | loads | stores | tensor cores |",
         "|---|---|---:|---:|---:|---:|---|---|---|",
@@ -86,9 +87,10 @@ def page(cases: list[Case], results: dict[str, dict[str, Compiled]], dtype: str)
         "",
         "## What binds",
         "",
-        "Picoseconds per element by data sheet, for one pass over all of them (for a product of many rows, per 16 or",
-        "128 rows of x). The longest binds, in bold; *share* is what that leaves of the memory's speed. T4 and",
-        "RTX 4090 are computed from the code for sm_80.",
+        "Picoseconds per element by data sheet, for one pass over all of them (for a product of many rows, per 16, 32",
+        "or 128 rows of x). The longest binds, in bold; *share* is what that leaves of the memory's speed. T4 and",
+        "RTX 4090 are computed from the code for sm_80. float32 is multiplied without tensor cores. Bank conflicts are",
+        "not counted: a look-up among 16 or 32 entries has none, FP4's quantize, among 512, has some.",
         "",
         "| kernel | card | memory | issue | shared | tensor | share |",
         "|---|---|---:|---:|---:|---:|---:|",

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does unasked, after a warning
 
 import triton
-from sass_cases import DIVISIBLE, Case, cases
+from sass_cases import DIVISIBLE, Case, cases, page_cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -64,6 +64,17 @@ class Compiled(NamedTuple):
 
 def compile_case(case: Case, target: GPUTarget) -> Compiled:
     """Compile `case` for `target` and read its machine code."""
+    compiled, threads = _build(case, target), target.warp_size * case.options["num_warps"]
+    return _read_amd(compiled, case, threads) if target.backend == "hip" else _read_nvidia(compiled, case, threads)
+
+
+def spilled(case: Case, target: GPUTarget) -> int:
+    """Bytes of stack and local memory per thread; quicker, since reading machine code takes as long as making it."""
+    compiled = _build(case, target)
+    return _spilled_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _usage(compiled)[1]
+
+
+def _build(case: Case, target: GPUTarget) -> Any:
     names = list(case.kernel.arg_names)
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     attributes = {
@@ -72,26 +83,25 @@ def compile_case(case: Case, target: GPUTarget) -> Compiled:
         if case.signature.get(name, "").startswith("*") or (name in case.signature and name in DIVISIBLE)
     }
     source = ASTSource(case.kernel, signature, case.constants, attributes)
-    compiled = triton.compile(source, target=target, options=case.options)
-    threads = target.warp_size * case.options["num_warps"]
-    if target.backend == "hip":
-        return _read_amd(compiled, case, threads)
-    return _read_nvidia(compiled, case, threads)
+    return triton.compile(source, target=target, options=case.options)
+
+
+def _usage(compiled: Any) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) of a thread."""
+    text = _output(compiled, "cuobjdump", "-res-usage")
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
 
 
 def _read_nvidia(compiled: Any, case: Case, threads: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = _output(TOOLS / "nvdisasm", "-c", file.name)
-        usage = _output(TOOLS / "cuobjdump", "-res-usage", file.name)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    registers, spills = _usage(compiled)
+    text = _output(compiled, "nvdisasm", "-c", "-ndf")
     code = instructions(text)
     hot = (loop_of(code) if case.loops else []) or code
     opcodes = [line.opcode for line in hot]
     return Compiled(
-        registers=used["REG"],
-        spilled=used["STACK"] + used["LOCAL"],
+        registers=registers,
+        spilled=spills,
         shared=compiled.metadata.shared,
         per_element=len(hot) * threads / case.elements,
         loads=widths(opcodes, ("LDG", "LDGSTS")),
@@ -108,16 +118,13 @@ def _read_amd(compiled: Any, case: Case, threads: int) -> Compiled:
     code = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[vs]_|\s+(ds|global|buffer)_", line)]
     bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ushort": 16, "ubyte": 8, "short": 16, "byte": 8}
 
-    def field(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
-
     def found(kind: str) -> dict[int, int]:
         matched = [re.match(rf"(?:global|buffer)_{kind}_(\w+?)(?:_d16(?:_hi)?)?$", op) for op in code]
         return dict(Counter(bits[m[1]] for m in matched if m and m[1] in bits))
 
     return Compiled(
-        registers=field("vgpr_count"),
-        spilled=4 * field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        registers=_field("vgpr_count", text),
+        spilled=_spilled_amd(text),
         shared=compiled.metadata.shared,
         per_element=None,
         loads=found("load"),
@@ -129,40 +136,78 @@ def _read_amd(compiled: Any, case: Case, threads: int) -> Compiled:
     )
 
 
+def _field(name: str, text: str) -> int:
+    return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+
+def _spilled_amd(text: str) -> int:
+    return 4 * _field("vgpr_spill_count", text) + _field("private_segment_fixed_size", text)
+
+
 class Instruction(NamedTuple):
     address: int
     opcode: str
     target: int | None  # of a branch
+    goes_on: bool  # the next instruction may follow
 
 
 def instructions(text: str) -> list[Instruction]:
-    """The instructions of a kernel, padding after its end left out."""
+    """The instructions of a kernel, without its subroutines and the padding after its end."""
     code, labels, pending = [], {}, []
     for line in text.splitlines():
+        if line.startswith("$__internal") and line.endswith(":"):
+            break  # subroutines lie after the kernel
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             pending.append(label[1])
-        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
         if not found:
             continue
-        address = int(found[1], 16)
+        address, predicate, opcode = int(found[1], 16), found[2], found[3]
         labels.update(dict.fromkeys(pending, address))
         pending = []
-        jump = re.search(r"`\((\.L_x_\d+)\)", found[3]) if found[2].startswith("BRA") else None
-        code.append((address, found[2], jump[1] if jump else None))
-    listed = [Instruction(address, op, labels.get(label) if label else None) for address, op, label in code]
+        jump = re.search(r"(.*)`\((\.L_x_\d+)\)", found[4]) if opcode.startswith("BRA") else None
+        always = not predicate and (opcode == "EXIT" or (jump is not None and not jump[1].strip()))
+        code.append((address, opcode, jump[2] if jump else None, not always))
+    listed = [Instruction(at, op, labels.get(label) if label else None, goes_on) for at, op, label, goes_on in code]
     while listed and (listed[-1].opcode == "NOP" or listed[-1].target == listed[-1].address):  # the trap after EXIT
         listed.pop()
     return listed
 
 
 def loop_of(code: list[Instruction]) -> list[Instruction]:
-    """The longest stretch that a branch jumps back over; [] where no branch does."""
-    loops = [
-        [other for other in code if line.target <= other.address <= line.address]
-        for line in code
-        if line.target is not None and line.target < line.address
-    ]
-    return max(loops, key=len, default=[])
+    """The longest loop, [] where there is none: all that lies on a way from its head back to its head.
+
+    A jump back is not yet a loop: code for rare cases is moved to the end of a kernel and jumps back from there. The
+    head of a loop is a target without which the jump back to it would not be reached.
+    """
+    place = {line.address: i for i, line in enumerate(code)}
+    after: list[list[int]] = [[] for _ in code]
+    before: list[list[int]] = [[] for _ in code]
+    for i, line in enumerate(code):
+        if line.goes_on and i + 1 < len(code):
+            after[i].append(i + 1)
+        if line.target in place:
+            after[i].append(place[line.target])
+        for other in after[i]:
+            before[other].append(i)
+
+    bodies: dict[int, set[int]] = {}
+    for i in range(len(code)):
+        for head in after[i]:
+            if head <= i and i not in _reached(after, 0, head):
+                bodies.setdefault(head, {head}).update(_reached(before, i, head))
+    return [code[i] for i in sorted(max(bodies.values(), key=len, default=set()))]
+
+
+def _reached(ways: list[list[int]], start: int, without: int) -> set[int]:
+    """What can be reached from `start` on ways that do not lead through `without`."""
+    found, left = set(), [start]
+    while left:
+        i = left.pop()
+        if i != without and i not in found:
+            found.add(i)
+            left += ways[i]
+    return found
 
 
 def widths(opcodes: list[str], families: tuple[str, ...]) -> dict[int, int]:
@@ -187,8 +232,14 @@ def passes(opcode: str) -> int:
     return 4 if "128" in parts else 2 if "64" in parts else 1
 
 
-def _output(*command: Any) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+def _output(compiled: Any, tool: str, *options: str) -> str:
+    """What a tool says of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run(
+            [str(TOOLS / tool), *options, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def main() -> int:
@@ -197,9 +248,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--dump", action="store_true", help="print the machine code too")
-    parser.add_argument("--page", type=Path, help="write the page of all of them there")
+    parser.add_argument("--page", type=Path, help="write the page there: all for bfloat16, those of nf4 for float32")
     args = parser.parse_args()
-    chosen = [case for case in cases(args.dtype) if args.only in case.name]
+    chosen = page_cases() if args.page else [case for case in cases(args.dtype) if args.only in case.name]
     results: dict[str, dict[str, Compiled]] = {}
     print(
         f"{'kernel':27} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} {'inst/elem':>9} {'BAR':>4}  LDG, STG, MMA"
@@ -215,7 +266,7 @@ def main() -> int:
     if args.page:
         from roofline import page
 
-        args.page.write_text(page(chosen, results, args.dtype))
+        args.page.write_text(page(chosen, results))
     return 0
 
 

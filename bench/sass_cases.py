@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from qlorag.kernels.cross_entropy import triton_kernels as cross_entropy
 from qlorag.kernels.lora import triton_kernels as lora
-from qlorag.kernels.nf4 import triton_dequantize, triton_matmul, triton_quantize
+from qlorag.kernels.nf4 import gpu, triton_dequantize, triton_matmul, triton_quantize
+from qlorag.kernels.nf4.codebook import BUCKETS, TABLES, Kind
 from qlorag.kernels.rms_norm import triton_kernels as rms_norm
 from qlorag.kernels.rope import triton_kernels as rope
 from qlorag.kernels.swiglu import triton_kernels as swiglu
@@ -19,6 +20,9 @@ from qlorag.kernels.swiglu import triton_kernels as swiglu
 DIVISIBLE = (
     "n", "numel", "packed_bytes", "rows_per_split", "rows", "columns", "batch_stride", "head_stride", "token_stride"
 )  # fmt: skip
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = {name: dtype.itemsize for name, dtype in FLOATS.items()}
+SIZES = {"m": "i32", "n": "i32", "units": "i32"}
 
 
 class Case(NamedTuple):
@@ -40,6 +44,11 @@ def cases(dtype: str = "bf16") -> list[Case]:
     return [*nf4_cases(dtype), *layer_cases(dtype)]
 
 
+def page_cases() -> list[Case]:
+    """What the page lists: every kernel for bfloat16, and those of nf4 for float32."""
+    return [*cases(), *(case._replace(name=f"{case.name}, float32") for case in nf4_cases("fp32"))]
+
+
 def weight(nested: bool = True) -> dict[str, str]:
     return {
         "packed": "*i32", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32",
@@ -49,55 +58,73 @@ def weight(nested: bool = True) -> dict[str, str]:
 
 def nf4_cases(dtype: str) -> list[Case]:
     """As the launches of kernels/nf4/gpu.py make them; x and y of a product are in caches."""
-    width = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype]
+    width = WIDTHS[dtype]
     pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
-    common = {"BLOCK_SIZE": 64, "NESTED": True}
-    sizes = {"m": "i32", "n": "i32", "units": "i32"}
-    dot = {**common, "UNIT": 64, "BN": 64, "UNITS": 1}
     listed = [
         Case(
             "dequantize", triton_dequantize.dequantize_kernel,
             {**weight(), "packed": "*u8", "out": pointer, "numel": "i32", "packed_bytes": "i32"},
-            {**common, "TILE": 4096}, {"num_warps": 4}, 4096, stored + width,
+            {"BLOCK_SIZE": 64, "NESTED": True, "TILE": gpu.TILE}, {"num_warps": 4}, gpu.TILE, stored + width,
         ),
-        Case(
-            "quantize", triton_quantize.quantize_kernel,
-            {"w": pointer, "tree": "*fp32", "codes": "*u8", "packed": "*u8", "absmax": "*fp32", "first": "i32",
-             "numel": "i32", "packed_bytes": "i32"},
-            {"BLOCK_SIZE": 64, "BLOCKS": 64, "RAGGED": False}, {"num_warps": 4}, 4096, width + 0.5 + 4 / 64,
-        ),
+        *(quantize_case(dtype, kind) for kind in TABLES),
     ]  # fmt: skip
-    for m in (1, 2):
+    for m in (1, 2, 16, 128):
+        plan = gpu.plan_forward(m, 4096, 4096, 64, FLOATS[dtype], 132)
+        rows = {"ROWS": plan.rows} if plan.few else {"BN": plan.rows}
         listed.append(
             Case(
-                f"few rows, M={m}", triton_matmul.few_rows_kernel,
-                {"x": pointer, **weight(), "sums": "*fp32", **sizes, "units_per_split": "i32"},
-                {**common, "UNIT": 64, "BM": m, "ROWS": 8, "UNITS": 16 // m},
-                {"num_warps": 4}, 8 * 64 * (16 // m), stored,
+                f"few rows, M={m}" if plan.few else f"many rows, {plan.bm} at a time",
+                triton_matmul.few_rows_kernel if plan.few else triton_matmul.many_rows_kernel,
+                {"x": pointer, **weight(), "sums": "*fp32" if plan.splits > 1 else pointer, **SIZES,
+                 "units_per_split": "i32"},
+                {**tiles(plan), **rows}, {"num_warps": plan.warps}, plan.rows * plan.unit * plan.units, stored,
+                0 if plan.few or dtype == "fp32" else 2 * plan.bm,
             )
         )  # fmt: skip
-    for bm in (16, 128):
-        listed.append(
-            Case(
-                f"many rows, {bm} at a time", triton_matmul.many_rows_kernel,
-                {"x": pointer, **weight(), "sums": pointer, **sizes, "units_per_split": "i32"},
-                {**dot, "BM": bm}, {"num_warps": 8 if bm == 128 else 4}, 64 * 64, stored,
-                0 if dtype == "fp32" else 2 * bm,
-            )
-        )  # fmt: skip
+    plan = gpu.plan_backward(128, 4096, 4096, 64, FLOATS[dtype], 132)
     listed.append(
         Case(
-            "backward, 128 at a time", triton_matmul.backward_kernel,
-            {"dy": pointer, **weight(), "sums": pointer, **sizes, "rows_per_split": "i32"},
-            {**dot, "BM": 128}, {"num_warps": 8}, 64 * 64, stored, 0 if dtype == "fp32" else 2 * 128,
+            f"backward, {plan.bm} at a time", triton_matmul.backward_kernel,
+            {"dy": pointer, **weight(), "sums": "*fp32" if plan.splits > 1 else pointer, **SIZES,
+             "rows_per_split": "i32"},
+            {**tiles(plan), "BN": plan.rows}, {"num_warps": plan.warps}, plan.rows * plan.unit * plan.units, stored,
+            0 if dtype == "fp32" else 2 * plan.bm,
         )
     )  # fmt: skip
     return listed
 
 
+def quantize_case(dtype: str, kind: Kind, ragged: bool = False) -> Case:
+    """Whole blocks, or the launch of a last block that is not whole."""
+    width, blocks = WIDTHS[dtype], 1 if ragged else gpu.QUANTIZE_TILE // 64
+    return Case(
+        f"quantize{', FP4' * (kind == 'fp4')}{', last block' * ragged}", triton_quantize.quantize_kernel,
+        {"w": f"*{dtype}", "buckets": "*i32", "codes": "*u8", "packed": "*u8" if ragged else "*i32",
+         "absmax": "*fp32", "first": "i32", "numel": "i32", "packed_bytes": "i32"},
+        {"BLOCK_SIZE": 64, "BLOCKS": blocks, "BUCKETS": BUCKETS[kind], "IN_ORDER": kind == "nf4", "RAGGED": ragged},
+        {"num_warps": 4}, 64 * blocks, width + 0.5 + 4 / 64,
+    )  # fmt: skip
+
+
+def tiles(plan: gpu.Plan) -> dict[str, Any]:
+    return {"BLOCK_SIZE": 64, "NESTED": True, "UNIT": plan.unit, "UNITS": plan.units, "BM": plan.bm}
+
+
+def rare_cases(dtype: str) -> list[Case]:
+    """Kernels that take no time, but are held to the same rules."""
+    splits = {"sums": "*fp32", "out": f"*{dtype}", "numel": "i32"}
+    return [
+        *(quantize_case(dtype, kind, ragged=True) for kind in TABLES),
+        Case(
+            "add splits", triton_matmul.add_splits_kernel, splits, {"SPLITS": 4, "TILE": 1024}, {"num_warps": 4},
+            1024, 4 * 4 + WIDTHS[dtype],
+        ),
+    ]  # fmt: skip
+
+
 def layer_cases(dtype: str) -> list[Case]:
     """The operations between the products; weights, tables and A and B of the adapter are in caches."""
-    width, pointer = {"fp32": 4, "fp16": 2, "bf16": 2}[dtype], f"*{dtype}"
+    width, pointer = WIDTHS[dtype], f"*{dtype}"
     plan = rms_norm.tile(4096)
     warps, held = {"num_warps": plan.pop("num_warps")}, plan["ROWS"] * plan["COLUMNS"]
     rows = {"rstd": "*fp32", "rows": "i32", "columns": "i32"}
@@ -141,7 +168,7 @@ def layer_cases(dtype: str) -> list[Case]:
         ),
     ]  # fmt: skip
     for rank in (8, 64):
-        step = min(max(16, rank), lora.STEPS[torch.float32 if dtype == "fp32" else torch.bfloat16])
+        step = min(max(16, rank), lora.STEPS[FLOATS[dtype]])
         listed.append(
             Case(
                 f"lora, R={rank}", lora.add_product_kernel,

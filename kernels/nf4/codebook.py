@@ -20,6 +20,7 @@ tables are the same everywhere.
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import lru_cache
 from itertools import pairwise
@@ -115,6 +116,36 @@ def thresholds(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
         torch.tensor(midpoints(values), dtype=torch.float32, device=device),
         torch.tensor(codes, dtype=torch.uint8, device=device),
     )
+
+
+# Even parts of [-1, 1] so small that none holds two thresholds. NF4's are 0.08 apart and more; FP4 has one on each side
+# of 0, 1/384 away, and a third at 0.
+BUCKETS: dict[Kind, int] = {"nf4": 32, "fp4": 512}
+
+
+def bucket_of(x: float, count: int) -> int:
+    """The bucket of a float32 in [-1, 1] among `count`: in ascending order, from 1 - count / 2 to count / 2 - 1.
+
+    It is 4 / (2 count - 4) wide. Bucket 0 lies around 0: from -2.5 to 1.5 quarters of that.
+    """
+    return round(x * (2 * count - 4)) + 2 >> 2  # an exact product in float64, and `round` takes ties to even
+
+
+@lru_cache(maxsize=64)
+def buckets(kind: Kind, device: torch.device) -> Tensor:
+    """int32 [2, BUCKETS[kind]] on `device`: how a bucket, by its number modulo BUCKETS[kind], leads to a place.
+
+    [0]: the bits of the threshold in it, a float32; infinity where there is none.
+    [1]: how many thresholds lie in lower buckets. The place of x is that, plus one if x is above the threshold.
+    """
+    bounds, count = midpoints(ascending(kind)[0]), BUCKETS[kind]
+    numbers = [bucket_of(bound, count) for bound in bounds]
+    assert len({*numbers}) == len(bounds), f"two thresholds of {kind} in one of {count} buckets"
+    inside = dict(zip(numbers, bounds, strict=True))
+    order = [*range(count // 2), *range(-count // 2, 0)]
+    threshold = torch.tensor([inside.get(number, math.inf) for number in order], dtype=torch.float32, device=device)
+    below = [sum(other < number for other in numbers) for number in order]
+    return torch.stack([threshold.view(torch.int32), torch.tensor(below, dtype=torch.int32, device=device)])
 
 
 @lru_cache(maxsize=64)

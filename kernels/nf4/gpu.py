@@ -6,7 +6,6 @@ before that, the kernels run on tensors of the CPU, in numpy: slow, and how they
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +13,15 @@ from torch import Tensor
 
 from ..dispatch import launching_on, processors
 from .checks import Packed
-from .codebook import Kind, dynamic_table, table, thresholds
+from .codebook import BUCKETS, Kind, buckets, dynamic_table, table, thresholds
 from .errors import QuantizationError
 from .reference import name_nonfinite
 
-TILE = 4096  # elements of one program of quantize and dequantize: 16 bytes of packed input to each of 128 threads
+TILE = 4096  # elements of one program of dequantize: 16 bytes of packed input to each of 128 threads
+QUANTIZE_TILE = 8192  # 64 elements share the addresses and barriers of a thread: 96 registers; 128 elements, 170
 FEW_ROWS = 2  # of x; with 4, tensor cores need fewer instructions although 12 of their 16 rows idle (ROOFLINE.md)
 MAX_SPLITS = 32
+SHORTEST = 256  # terms of a sum of many rows that are worth a program of their own
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
@@ -31,38 +32,26 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
     numel = w.numel()
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=w.device)
-    tree, codes = decision_tree(kind, w.device)
+    _, codes = thresholds(kind, w.device)
+    options = {"BLOCK_SIZE": block_size, "BUCKETS": BUCKETS[kind], "IN_ORDER": kind == "nf4"}
+    whole = numel // block_size
+    length = whole * block_size
     with launching_on(w):
-        whole = numel // block_size
-        at_once = TILE // block_size
-        arguments = (w, tree, codes, packed, absmax)
         if whole:
+            at_once = QUANTIZE_TILE // block_size
+            words = packed[: length // 2].view(torch.int32)  # a block is 16 bytes or more
             quantize_kernel[(-(-whole // at_once),)](
-                *arguments, 0, whole * block_size, whole * block_size // 2,
-                BLOCK_SIZE=block_size, BLOCKS=at_once, RAGGED=False,
+                w, buckets(kind, w.device), codes, words, absmax, 0, length, length // 2,
+                BLOCKS=at_once, RAGGED=False, **options,
             )  # fmt: skip
-        if numel % block_size:
+        if numel > length:
             quantize_kernel[(1,)](
-                *arguments, whole, numel, packed.numel(), BLOCK_SIZE=block_size, BLOCKS=1, RAGGED=True
+                w, buckets(kind, w.device), codes, packed, absmax, whole, numel, packed.numel(),
+                BLOCKS=1, RAGGED=True, **options,
             )  # fmt: skip
     if not torch.isfinite(absmax).all():
         raise QuantizationError(name_nonfinite(w))
     return packed, absmax
-
-
-@lru_cache(maxsize=16)
-def decision_tree(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(float32 [4, 16] thresholds by level and path, uint8 [16] code of each path): see quantize.c.
-
-    The first decision is bit 0 of a path, so a path read backwards is the place among the thresholds.
-    """
-    bounds, codes = (part.tolist() for part in thresholds(kind, torch.device("cpu")))
-    place = [int(f"{path:04b}"[::-1], 2) for path in range(16)]
-    tree = torch.zeros(4, 16, device="cpu")
-    for level in range(4):
-        for path in range(1 << level):
-            tree[level, path] = bounds[place[path] + (8 >> level) - 1]
-    return tree.to(device), torch.tensor([codes[p] for p in place], dtype=torch.uint8, device=device)
 
 
 def _scales(w: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,6 +86,7 @@ class Plan(NamedTuple):
     """How a product is divided among programs."""
 
     few: bool  # rows of x
+    unit: int  # elements of a row of W that share one scale, as far as the kernel is told
     rows: int  # of W in one program (backward: in one step)
     units: int  # of each row of W in one step (backward: in one program)
     bm: int  # rows of x in one program
@@ -105,39 +95,57 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan_forward(m: int, n: int, units: int, unit: int, processors: int) -> Plan:
-    """The plan of y [m, n] = x Wᵀ: enough programs to fill the card, or K is split."""
+def plan_forward(m: int, n: int, k: int, block_size: int, dtype: torch.dtype, processors: int) -> Plan:
+    """The plan of y [m, n] = x Wᵀ, W [n, k]: enough programs to fill the card, or K is split."""
+    unit = unit_of(k, block_size)
     few = m <= FEW_ROWS
     if few:
         # Registers hold rows x units x bm sums: as many as leave room for several programs on a processor.
-        bm = _power_of_2(m)
+        bm, warps, units = _power_of_2(m), 4, k // unit
         rows, step = 8, min(16 // bm, _power_of_2(units)) * 64 // unit
         if units % step and step > 1 and units < 4 * step:
             step //= 2  # fewer idle units at the end of a short row
+        shortest = 4 * step
     else:
-        rows, step, bm = 64, 64 // unit, max(16, min(128, _power_of_2(m)))
+        bm, deep, warps = _tile(m, dtype)
+        unit = min(unit, deep)
+        rows, step, shortest = 64, deep // unit, SHORTEST // unit
     programs = -(-n // rows) * (1 if few else -(-m // bm))
-    per_split, splits = _split(units, step, programs, processors * (4 if few else 1))
-    return Plan(few, rows, step, bm, per_split, splits, 8 if bm == 128 else 4)
+    per_split, splits = _split(k // unit, step, shortest, programs, processors * (4 if few else 1))
+    return Plan(few, unit, rows, step, bm, per_split, splits, warps)
 
 
-def plan_backward(m: int, n: int, units: int, unit: int, processors: int) -> Plan:
-    """The plan of dx [m, K] = dy W: as the forward, with the sum running over N."""
-    rows, step, bm = 64, 64 // unit, max(16, min(128, _power_of_2(m)))
-    programs = -(-units // step) * -(-m // bm)
-    per_split, splits = _split(n, rows, programs, processors)
-    return Plan(False, rows, step, bm, per_split, splits, 8 if bm == 128 else 4)
+def plan_backward(m: int, n: int, k: int, block_size: int, dtype: torch.dtype, processors: int) -> Plan:
+    """The plan of dx [m, k] = dy W: as the forward, with the sum running over N."""
+    unit = unit_of(k, block_size)
+    bm, deep, warps = _tile(m, dtype)
+    programs = -(-k // 64) * -(-m // bm)
+    per_split, splits = _split(n, deep, SHORTEST, programs, processors)
+    return Plan(False, unit, deep, 64 // unit, bm, per_split, splits, warps)
+
+
+def _tile(m: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(rows of x in one program, terms of the sum in one step, warps); a program always has 64 columns of y.
+
+    16-bit operands of tensor cores stay in shared memory, so registers hold the sums and the tile of W in passing.
+    float32 has no tensor core (tf32 would cut it to 10 bits), and the compiler writes out all fma of a step, with what
+    they need in registers: (rows + columns) of a thread x terms. 128 x 64 x 64 terms spilled 5 KB per thread, 32 x 64 x
+    32 took 255 registers, all there are, and 32 x 64 x 16 takes 128, which leaves a processor four programs.
+    """
+    if dtype == torch.float32:
+        return max(16, min(32, _power_of_2(m))), 16, 4
+    bm = max(16, min(128, _power_of_2(m)))
+    return bm, 64, 8 if bm == 128 else 4
 
 
 def _power_of_2(m: int) -> int:
     return 1 << (m - 1).bit_length()
 
 
-def _split(length: int, step: int, programs: int, wanted: int) -> tuple[int, int]:
+def _split(length: int, step: int, shortest: int, programs: int, wanted: int) -> tuple[int, int]:
     """(length of a part, a multiple of `step`; number of parts) such that parts x programs is about `wanted`."""
-    steps = -(-length // step)
-    parts = max(1, min(wanted // programs, steps // 4, MAX_SPLITS))
-    per_split = -(-steps // parts) * step
+    parts = max(1, min(wanted // programs, length // shortest, MAX_SPLITS))
+    per_split = -(-length // (parts * step)) * step
     return per_split, -(-length // per_split)
 
 
@@ -146,14 +154,13 @@ def matmul(x: Tensor, w: Packed) -> Tensor:
     from .triton_matmul import few_rows_kernel, many_rows_kernel
 
     n, k = w.shape
-    unit = unit_of(k, w.block_size)
     flat = x.reshape(-1, k).contiguous()
     m = flat.shape[0]
-    plan = plan_forward(max(m, 1), n, k // unit, unit, processors(x.device))
+    plan = plan_forward(max(m, 1), n, k, w.block_size, x.dtype, processors(x.device))
     y, sums = _results(flat, n, plan.splits)
     programs = -(-n // plan.rows)
-    arguments = (flat, *_weight(w), sums, m, n, k // unit, plan.per_split)
-    options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
+    arguments = (flat, *_weight(w), sums, m, n, k // plan.unit, plan.per_split)
+    options = _options(w, plan)
     with launching_on(x):
         if m and plan.few:
             few_rows_kernel[(programs, plan.splits)](*arguments, **options, ROWS=plan.rows)
@@ -169,18 +176,16 @@ def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
     from .triton_matmul import backward_kernel
 
     n, k = w.shape
-    unit = unit_of(k, w.block_size)
     flat = dy.reshape(-1, n).contiguous()
     m = flat.shape[0]
-    plan = plan_backward(max(m, 1), n, k // unit, unit, processors(dy.device))
+    plan = plan_backward(max(m, 1), n, k, w.block_size, dy.dtype, processors(dy.device))
     dx, sums = _results(flat, k, plan.splits)
-    options = {**_options(w, unit), "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
     with launching_on(dy):
         if m:
-            backward_kernel[(-(-m // plan.bm), -(-(k // unit) // plan.units), plan.splits)](
-                flat, *_weight(w), sums, m, n, k // unit, plan.per_split,
-                **options, BN=plan.rows,
-            )  # fmt: skip
+            units = k // plan.unit
+            backward_kernel[(-(-m // plan.bm), -(-units // plan.units), plan.splits)](
+                flat, *_weight(w), sums, m, n, units, plan.per_split, **_options(w, plan), BN=plan.rows
+            )
         _add_splits(sums, dx, plan.splits)
     return dx.view(*dy.shape[:-1], k)
 
@@ -189,8 +194,9 @@ def _weight(w: Packed) -> tuple[Tensor, ...]:
     return (_words(w.packed), *_scales(w), table(w.kind, w.packed.device))
 
 
-def _options(w: Packed, unit: int) -> dict[str, Any]:
-    return {"BLOCK_SIZE": w.block_size, "UNIT": unit, "NESTED": w.nested is not None}
+def _options(w: Packed, plan: Plan) -> dict[str, Any]:
+    sizes = {"UNIT": plan.unit, "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
+    return {"BLOCK_SIZE": w.block_size, "NESTED": w.nested is not None, **sizes}
 
 
 def _words(packed: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from .ops import DEQUANTIZE
 from .reference import Nested
 
 FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
-# On a GPU; not measured. A fused product decodes W once per 128 rows, dequantize and cuBLAS once in all.
-GPU_FUSED_ROWS = 128
+# On a GPU; not measured. A fused product decodes W once per 128 rows (float32: 32), dequantize and cuBLAS once in all.
+GPU_FUSED_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
 
 
 def matmul(
@@ -80,7 +80,7 @@ def matmul_backward(
     dy:      [..., N], float32, float16, bfloat16, or (reference only) float64; the rest as for matmul.
     backend: "triton", and "c" on a processor with a matrix unit and in bfloat16, multiply the packed weight.
              "reference" decodes it to the dtype of dy first, as does None where neither of the two runs, or on a GPU
-             for more than GPU_FUSED_ROWS rows.
+             for more than GPU_FUSED_ROWS[dtype] rows.
     Returns dx [..., K] in the dtype of dy.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
@@ -90,7 +90,7 @@ def matmul_backward(
         "triton": _why_no_unit(shape, block_size),
         "c": _why_not_fused(shape, block_size) or _why_no_backward(dy),
     }
-    if backend is None and dy.numel() > GPU_FUSED_ROWS * shape[0]:
+    if backend is None and dy.numel() > GPU_FUSED_ROWS.get(dy.dtype, 0) * shape[0]:
         obstacles["triton"] = "dy has many rows"
     chosen = choose_backend(dy.device, dy.dtype, backend, obstacles=obstacles)
     if chosen == "triton":
@@ -128,7 +128,7 @@ def prepare_matmul(
 def fused_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many rows of x `matmul` multiplies W without decoding it first."""
     if device.type == "cuda":
-        return GPU_FUSED_ROWS
+        return GPU_FUSED_ROWS.get(dtype, 0)
     if dtype == torch.bfloat16 and _multiplies_bfloat16(device):
         return sys.maxsize
     return FUSED_ROWS.get(dtype, 0)

@@ -37,7 +37,7 @@ def load_scales(absmax, nested_absmax, nested_offset, dynamic, block, mask, NEST
 
 @triton.jit
 def look_up(table, codes):
-    """table[codes], float32; codes: int32 of any shape, table: the 16 entries as a block."""
+    """table[codes], of the table's dtype; codes: int32 of any shape, table: a block, 2^n entries."""
     flat = tl.reshape(codes, [codes.numel])
     return tl.reshape(tl.gather(table, flat, 0), codes.shape)
 

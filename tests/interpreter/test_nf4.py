@@ -71,15 +71,59 @@ def test_quantize_has_the_bits_of_the_reference(block_size, kind, dtype):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), numel
 
 
+def bits_of_both(w, **options):
+    """Packed codes and absmax of Triton, and the reference's."""
+    return [nf4.quantize(w, **options, backend=backend) for backend in ("triton", "reference")]
+
+
+def after_ones(w):
+    """Rows of 64 that begin with 1, the largest magnitude: scaled, they are w itself. Padded with zeros."""
+    rows = F.pad(w, (0, -w.numel() % 63)).view(-1, 63)
+    return torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1)
+
+
+# Also scales whose reciprocal is subnormal, below reference.TINY, and subnormal themselves.
+@pytest.mark.parametrize("scale", [1.0, 0.3, 1.7e-9, 2.9e38, 1.1e-38, 9.9e-39, 3e-42])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_quantize_sends_ties_to_the_lower_code(kind):
-    """Every threshold, and its two neighbours, in a block whose absmax is 1."""
+def test_quantize_decides_as_the_reference_does_wherever_it_is_close(kind, scale):
+    """Every threshold, every edge of a bucket, the float32 on both sides of them, zeros, and what is subnormal."""
     bounds, _ = codebook.thresholds(kind, CPU)
+    count = codebook.BUCKETS[kind]
+    edges = (torch.arange(1 - count // 2, count // 2, dtype=torch.float64) * 4 - 2.5) / (2 * count - 4)
+    close = torch.cat([bounds, edges[1:].float(), torch.tensor([0.0, 1e-38, 1e-45])])
     inf = torch.tensor(torch.inf)
-    w = torch.cat([torch.ones(1), bounds, torch.nextafter(bounds, inf), torch.nextafter(bounds, -inf)])
-    w = F.pad(w, (0, 64 - w.numel()))
-    got, want = (nf4.quantize(w, kind=kind, backend=backend)[0] for backend in ("triton", "reference"))
-    assert torch.equal(got, want)
+    w = torch.cat([close, -close, torch.nextafter(close, inf), torch.nextafter(close, -inf)])
+    assert codebook.bucket_of(edges[1].item() + 1e-5, count) == codebook.bucket_of(edges[1].item() - 1e-5, count) + 1
+    whole = after_ones(w) * scale
+    (got, got_absmax), (want, want_absmax) = bits_of_both(whole, kind=kind)
+    assert torch.equal(got, want) and torch.equal(got_absmax, want_absmax)
+    for part in (w[:2047], w[-2048:]):  # in a block that is not whole, which divides
+        ragged = torch.cat([torch.ones(1), part]) * scale
+        assert torch.equal(*(packed for packed, _ in bits_of_both(ragged, kind=kind, block_size=4096)))
+
+
+def test_quantize_sends_ties_to_the_lower_code():
+    """By hand: NF4's threshold between codes 7 (zero) and 8, and the next number up."""
+    tie = codebook.thresholds("nf4", CPU)[0][7]
+    w = after_ones(torch.stack([tie, torch.nextafter(tie, torch.tensor(1.0)), -tie]))
+    packed, _ = nf4.quantize(w, backend="triton")
+    assert packed[:2].tolist() == [0xF7, 0x87]
+
+
+@pytest.mark.parametrize("numel", [64, 65, 3 * 64 + 5])
+def test_quantize_zeros(numel):
+    """The scale of a last block that is not whole is 1e-38."""
+    (got, got_absmax), (want, want_absmax) = bits_of_both(torch.zeros(numel))
+    assert torch.equal(got, want) and torch.equal(got_absmax, want_absmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_quantize_every_16_bit_number_up_to_1(kind, dtype):
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    w = after_ones(every[every.abs() <= 1])
+    assert w.numel() > 1 << 14
+    assert torch.equal(*(packed for packed, _ in bits_of_both(w, kind=kind)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -102,7 +146,7 @@ def test_products_have_at_most_twice_the_error_of_torch(n, k, block_size, dtype,
     wide = nf4.dequantize(**w, dtype=torch.float64, backend="reference")
     forward = {"triton": 0.0, "reference": 0.0}
     backward = dict(forward)
-    for m in (1, 3, 4, 5, 17, 130):
+    for m in (1, 3, 17, 65 if dtype == torch.float32 else 130):  # few rows, one program, several
         x = torch.randn(m, k, generator=generator(m)).to(dtype)
         dy = torch.randn(m, n, generator=generator(m)).to(dtype)
         for backend in forward:
@@ -121,7 +165,8 @@ def test_unit_vectors_give_the_weight_itself(n, k, block_size, dtype):
     w = packed_weight(n, k, kind="fp4" if n == 33 else "nf4", block_size=block_size)
     want = nf4.dequantize(**w, dtype=dtype, backend="reference")
     eye = torch.eye(k, dtype=dtype)
-    for rows in (eye[:1], eye[k - gpu.FEW_ROWS :], eye[: gpu.FEW_ROWS + 1], eye):  # few, few, many, many programs
+    most = eye[:: 5 if k > 512 else 1]  # 5 has no factor in common with a tile, so that every place in one is met
+    for rows in (eye[:1], eye[k - gpu.FEW_ROWS :], eye[: gpu.FEW_ROWS + 1], most):  # few, few, many, many programs
         got = nf4.matmul(rows, **w, backend="triton")
         assert torch.equal(got.T, want[:, rows.argmax(1)])
     assert torch.equal(nf4.matmul_backward(torch.eye(n, dtype=dtype), **w, backend="triton"), want)
@@ -142,7 +187,7 @@ def test_splits_are_added_in_order_and_cover_everything(monkeypatch):
     """A long K over few rows of W, as a decoding step has it: many programs share one row."""
     monkeypatch.setattr(gpu, "processors", lambda device: 132)
     w = packed_weight(8, 16384)
-    plan = gpu.plan_forward(1, 8, 16384 // 64, 64, 132)
+    plan = gpu.plan_forward(1, 8, 16384, 64, torch.float32, 132)
     assert plan.splits == 4 and plan.per_split * plan.splits >= 256
     x = torch.randint(-8, 8, (1, 16384), generator=generator()).float()
     first, second = (nf4.matmul(x, **w, backend="triton") for _ in range(2))
@@ -150,7 +195,7 @@ def test_splits_are_added_in_order_and_cover_everything(monkeypatch):
     exact = x.double() @ nf4.dequantize(**w, dtype=torch.float64, backend="reference").T
     torch.testing.assert_close(first.double(), exact, rtol=1e-5, atol=1e-3)
     tall = packed_weight(4096, 64)
-    plan = gpu.plan_backward(5, 4096, 1, 64, 132)
+    plan = gpu.plan_backward(5, 4096, 64, 64, torch.float32, 132)
     assert plan.splits > 4 and plan.per_split * plan.splits >= 4096
     dy = torch.randn(5, 4096, generator=generator())
     exact = dy.double() @ nf4.dequantize(**tall, dtype=torch.float64, backend="reference")

@@ -3,7 +3,7 @@
     python bench/readme_tables.py          rewrites the three marked parts of README.md, and BARS.md
 
 `measured`, `demo` and the bars come from bench/results.json, `reading` from the files themselves. Tests run
-this and compare.
+this and compare. A figure that README.md has and the results have not is named on standard error.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def _row(h: Headline) -> str:
     return f"| {h.what} | {h.ours:.4g} | {h.beside:.4g} ({h.competitor}) | {h.ours / h.beside:.2f} | {limit} |"
 
 
+def figures(readme: str) -> list[str]:
+    """What the rows of its table of measurements are about."""
+    return re.findall(r"^\| ([^|]+) \| [\d.e+-]+ \| [\d.e+-]+ \(", readme, re.M)
+
+
 def demo(told: dict[str, Any]) -> str:
     """What the demo said, and what it took."""
     who, relation = "Who is Patroclos Lemoniatis?", "Patroclos and Cyprus relation"
@@ -110,7 +115,11 @@ def filled(readme: str, results: dict[str, Any]) -> str:
 def main() -> None:
     path = ROOT / "README.md"
     results = json.loads((ROOT / "bench" / "results.json").read_text(encoding="utf-8"))
-    path.write_text(filled(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    after = filled(before, results)
+    for figure in sorted({*figures(before)} - {*figures(after)}):
+        print(f"README.md no longer has: {figure}", file=sys.stderr)
+    path.write_text(after, encoding="utf-8")
     (ROOT / "bench" / "BARS.md").write_text(nf4_bars.page(results), encoding="utf-8")
 
 

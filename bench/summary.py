@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nf4_names import DENSE, OURS
@@ -118,6 +119,18 @@ def retrieval(result: dict[str, Any]) -> Iterator[Headline]:
         )
 
 
+def operation(name: str, result: dict[str, Any]) -> Iterator[Headline]:
+    """One of kernels/ that operation.py measured."""
+    ours, reference, *others = result["rows"]
+    fast = _least([reference, *others], "ms")
+    what = f"{name}, {result['tokens']} rows, {result['dtype']}"
+    yield Headline(f"{what}: ms", ours["ms"], fast["ms"], fast["candidate"], ours["of_limit"])
+    if reference["saved_bytes"]:
+        yield Headline(
+            f"{what}: KiB kept", ours["saved_bytes"] / 1024, reference["saved_bytes"] / 1024, reference["candidate"]
+        )
+
+
 def headlines(name: str, result: dict[str, Any]) -> list[Headline]:
     """Those of the benchmark `name`; none if it has no function here."""
     functions: dict[str, Callable[[dict[str, Any]], Iterator[Headline]]] = {
@@ -128,6 +141,8 @@ def headlines(name: str, result: dict[str, Any]) -> list[Headline]:
         "nf4": nf4,
         "retrieval": retrieval,
     }
+    for each in ("rms_norm", "rope", "swiglu", "lora", "cross_entropy"):
+        functions[each] = partial(operation, each)
     return list(functions[name](result)) if name in functions else []
 
 

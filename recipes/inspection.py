@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..kernels import nf4
+from ..kernels import dispatch, nf4
 from ..lora import adapter_info
 from ..models import SafetensorsFile, load_tokenizer
 from ..retrieval import Store
@@ -18,6 +18,8 @@ from .errors import UsageError
 from .inspect_model import inspect_model
 from .metrics import read_metrics
 from .pull import resolve_model
+
+OPERATIONS = ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")  # of kernels/, beside nf4, whose backends differ
 
 
 def inspect_folder(
@@ -43,10 +45,13 @@ def inspect_folder(
 
 
 def inspect_backends(display: Display) -> list[dict[str, Any]]:
-    """Which implementations of the 4-bit kernels can run here, and why the others cannot."""
-    backends = nf4.available_backends()
+    """Which implementations of each operation of kernels/ can run here, and why the others cannot."""
+    backends: list[nf4.BackendStatus | dispatch.BackendStatus] = [*nf4.available_backends()]
+    for name in OPERATIONS:
+        backends += dispatch.available_backends(name)
     rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
-    display.table(["operation", "backend", "runs here", "detail"], rows)
+    title = "backend=None takes an operation's first that runs on the tensors' device."
+    display.table(["operation", "backend", "runs here", "detail"], rows, title=title)
     return [b._asdict() for b in backends]
 
 

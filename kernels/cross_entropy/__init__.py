@@ -1,5 +1,5 @@
 """Cross-entropy fused with the output head: see README.md."""
 
-from .chunked import linear_cross_entropy
+from .ops import linear_cross_entropy
 
 __all__ = ["linear_cross_entropy"]

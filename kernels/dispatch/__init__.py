@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from torch import Tensor
 __all__ = [
     "BACKENDS",
     "FLOATS",
+    "BackendStatus",
+    "available_backends",
     "check_together",
     "choose_backend",
     "launching_on",
@@ -31,6 +33,25 @@ __all__ = [
 
 BACKENDS = ("triton", "torch")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendStatus(NamedTuple):
+    """One line of `qlorag inspect --backends`."""
+
+    operation: str
+    backend: str
+    available: bool
+    detail: str  # how it runs, or why it cannot
+
+
+def available_backends(operation: str) -> list[BackendStatus]:
+    """The backends of `operation` in the order in which backend=None tries them, and why one cannot run here."""
+    no_gpu = None if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+    why = no_gpu or why_no_triton()
+    return [
+        BackendStatus(operation, "triton", why is None, why or "on tensors of the GPU"),
+        BackendStatus(operation, "torch", True, "plain torch, any device"),
+    ]
 
 
 def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str | None] = lambda: None) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -141,9 +144,31 @@ def test_inspect_says_what_each_folder_is(trained: Path, tiny_dir: Path, capsys:
     assert adapter["base_fingerprint"] == model["fingerprint"]
     data = result(capsys, "inspect", trained / "data", "--model", tiny_dir)
     assert data["files"]["train.jsonl"]["rows"] == 3 and data["files"]["train.jsonl"]["trained_tokens"] > 0
-    assert result(capsys, "inspect", "--backends")["backends"]
     out, _ = said(capsys, 0, "inspect", tiny_dir)
     assert "3 layers, width 64, 4 heads over 2 KV heads" in out
+
+
+def test_inspect_lists_the_backends_of_every_operation(capsys: Capture) -> None:
+    backends = result(capsys, "inspect", "--backends")["backends"]
+    kernels = Path(__file__).parents[2] / "kernels"
+    assert {b["operation"].split(".")[0] for b in backends} == {p.parent.name for p in kernels.glob("*/reference.py")}
+    gpu = torch.cuda.is_available()
+    assert {b["detail"] for b in backends if b["backend"] == "triton"} == {
+        "on tensors of the GPU" if gpu else "no GPU: torch.cuda.is_available() is False"
+    }
+    assert {b["backend"] for b in backends if not b["available"]} == (set() if gpu else {"triton"})
+    out, _ = said(capsys, 0, "inspect", "--backends")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    words = {True: "yes", False: "no"}
+    assert rows == [[b["operation"], b["backend"], words[b["available"]], b["detail"]] for b in backends]
+
+
+def test_inspecting_backends_without_a_gpu_imports_no_triton() -> None:
+    code = (
+        "import sys\nfrom qlorag.recipes.cli import main\nassert main(['inspect', '--backends']) == 0\n"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
 
 
 def test_show_mask(trained: Path, tiny_dir: Path, capsys: Capture) -> None:

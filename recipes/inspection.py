@@ -46,7 +46,7 @@ def inspect_folder(
 
 def inspect_backends(display: Display) -> list[dict[str, Any]]:
     """Which implementations of each operation of kernels/ can run here, and why the others cannot."""
-    backends: list[nf4.BackendStatus | dispatch.BackendStatus] = [*nf4.available_backends()]
+    backends = nf4.available_backends()
     for name in OPERATIONS:
         backends += dispatch.available_backends(name)
     rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]

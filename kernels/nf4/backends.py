@@ -8,26 +8,15 @@ or QuantizationError says why it cannot.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from ..dispatch import why_no_triton, why_not_triton
+from ..dispatch import BackendStatus, why_no_triton, why_not_triton
 from ..native import NativeBuildError
 from . import cpu
 from .checks import FLOATS
 from .errors import QuantizationError
 
 BACKENDS = ("triton", "c", "reference")
-
-
-class BackendStatus(NamedTuple):
-    """One line of `qlorag inspect --backends`."""
-
-    operation: str
-    backend: str
-    available: bool
-    detail: str  # how it runs, or why it cannot
 
 
 def choose_backend(

@@ -307,7 +307,7 @@ def test_the_page_is_that_of_the_results(bench: ModuleType) -> None:
     }
     page = bench.nf4_bars.page({"date": "2030-01-31T", "commit": "abc", "results": {"nf4": found}})
     assert "8 of 14 met" in page and page.count("| met |") == 8 and page.count("| missed by") == 6
-    assert "| 12.5 Gelem/s | ≥ 12 | met |" in page and "32 MiB and the GEMM's own: 32 MiB" in page
+    assert "| 12.5 Gelem/s | ≥ 12 | met |" in page and "not per layer: 32 MiB. A weight decoded to 32 MiB" in page
     assert page.endswith("GPU speed: not measured.\n")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .backends import BackendStatus, available_backends
+from ..dispatch import BackendStatus
+from .backends import available_backends
 from .checks import BLOCK_SIZES
 from .codebook import DYNAMIC, FP4, NF4, Kind, check_kind
 from .cpu import Matmul

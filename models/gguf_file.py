@@ -144,7 +144,7 @@ class _Header:
         metadata: dict[str, Any] = {}
         for index in range(n_metadata):
             self.what = f"metadata entry {index}"
-            self.what = key = self.string()
+            self.what = key = self.name()
             if key in metadata:
                 raise ModelError(f"{self.path}: {key} appears twice: damaged file")
             metadata[key] = self.value()
@@ -160,7 +160,7 @@ class _Header:
 
     def tensor_entry(self, index: int) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         self.what = f"tensor entry {index}"
-        self.what = name = self.string()
+        self.what = name = self.name()
         n_dims = self.scalar(_U32)
         if not 1 <= n_dims <= 4:
             raise WeightsError(f"{self.path}: tensor {name} has {n_dims} dims, expected 1 to 4: damaged file")
@@ -207,6 +207,13 @@ class _Header:
             return self.data[start : self.at].decode()
         except UnicodeDecodeError:
             raise ModelError(f"{self.path}: {self.what} at byte {start} is not UTF-8: damaged file") from None
+
+    def name(self) -> str:
+        """A string that later messages may show: one line of printable text."""
+        name = self.string()
+        if not name.isprintable():
+            raise ModelError(f"{self.path}: {self.what} is called {name[:40]!r}, which is not printable: damaged file")
+        return name
 
     def value(self) -> Any:
         kind = self.scalar(_U32)

@@ -455,6 +455,18 @@ def test_cut_anywhere_it_is_refused(tmp_path: Path, tiny_gguf: Path) -> None:
             read_gguf(path)
 
 
+@pytest.mark.parametrize("name", [b"general.architecture", b"token_embd.weight"])  # a key, a tensor
+def test_a_name_with_control_characters_is_refused_in_one_line(tmp_path: Path, tiny_gguf: Path, name: bytes) -> None:
+    content = tiny_gguf.read_bytes()
+    assert content.count(name) == 1
+    (tmp_path / "f.gguf").write_bytes(content.replace(name, b"\n" + name[1:]))
+    with pytest.raises(
+        ModelError, match=r"f.gguf: (metadata|tensor) entry \d+ is called '\\n.*not printable"
+    ) as caught:
+        convert_gguf(tmp_path / "f.gguf", tmp_path / "out")
+    assert "\n" not in str(caught.value) and "\\n" in str(caught.value)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(4, 9000), st.integers(0, 255)), min_size=1, max_size=3))
 def test_bytes_flipped_anywhere_give_a_model_or_a_model_error(

@@ -8,6 +8,7 @@
 #include "quantize.c"
 #include "matmul.c"
 #include "amx.c"
+#include "amx_backward.c"
 
 /* The highest level this processor (and its operating system) can run. */
 int32_t qlorag_nf4_best_level(void) {

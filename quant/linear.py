@@ -7,7 +7,7 @@ Nothing of the size of W in 16 or 32 bits outlives either pass. W is frozen, so 
 not be saved: what autograd keeps of this layer is a reference to the packed weight it already has.
 
 For a few rows of x and no gradient, which is what generating text consists of, the product is taken straight
-from the packed weight (kernels/nf4/matmul.c), with everything but x looked up once and kept by the layer.
+from the packed weight (kernels/nf4/fixed.c, matmul.c), with everything but x looked up once and kept by the layer.
 
 Otherwise kernels/nf4 decides by the number of rows: the packed weight is multiplied as it is, or decoded into scratch
 memory that all layers share and given to the platform's GEMM.

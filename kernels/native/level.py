@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-LEVELS = ("scalar", "avx2", "avx512", "amx", "neon")  # the numbers that the C files use
+LEVELS = ("scalar", "avx2", "avx512", "vnni", "amx", "neon")  # the numbers that the C files use
 FAMILIES = (
-    ("scalar", "avx2", "avx512", "amx"),
+    ("scalar", "avx2", "avx512", "vnni", "amx"),
     ("scalar", "neon"),
 )  # each kind of processor, its levels in rising order
 

@@ -37,7 +37,7 @@
 #pragma GCC diagnostic ignored "-Wunused-variable"
 #endif
 
-enum { SCALAR, AVX2, AVX512, AMX, NEON }; /* native/level.py: LEVELS; each of x86 includes those before it */
+enum { SCALAR, AVX2, AVX512, VNNI, AMX, NEON }; /* native/level.py: LEVELS; each of x86 includes those before it */
 enum { FLOAT32, FLOAT16, BFLOAT16 };   /* nf4/cpu.py: DTYPES */
 enum { NESTED_BLOCK_SIZE = 256 };      /* reference.py */
 enum { TASK = 65536 };                 /* elements: enough work to be worth handing to a thread */

@@ -7,6 +7,7 @@
 #include "dequantize.c"
 #include "quantize.c"
 #include "matmul.c"
+#include "fixed.c"
 #include "amx.c"
 #include "amx_backward.c"
 
@@ -19,7 +20,7 @@ int32_t qlorag_nf4_best_level(void) {
 #ifdef HAVE_AMX
         if (has_amx()) return AMX;
 #endif
-        return AVX512;
+        return __builtin_cpu_supports("avx512vnni") ? VNNI : AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2; /* F16C is older than AVX2 */
 #elif defined(ARM)
@@ -34,6 +35,7 @@ int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t 
 #ifdef HAVE_AMX
     if (a->level == AMX && dtype == BFLOAT16 && rows >= AMX_ROWS) return forward_amx(a, x, y, rows, threads);
 #endif
+    if (dtype == BFLOAT16) return matmul_fixed(a, x, y, rows, threads);
     return matmul_fused(a, x, y, rows, dtype, threads);
 }
 

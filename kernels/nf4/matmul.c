@@ -1,4 +1,5 @@
-/* y = x Wᵀ for a few rows of x, straight from the packed W [N, K]: what decoding a text, token by token, consists of.
+/* y = x Wᵀ for a few rows of x in float32 or float16, straight from the packed W [N, K]: what writing a text, token by
+   token, consists of. (For bfloat16 see fixed.c.)
 
    The weight is read once and used at once. A decoded copy of it would travel through memory at 4 to 8 times the bytes,
    and the speed of memory is the speed of this operation; so each code is looked up in a register and multiplied there.
@@ -71,6 +72,12 @@ static void pass_scalar(int rows, int width, matmul_pass *p) {
 
 /* AVX2: 8 of the 16 words at a time, each half with sums of its own, and a lookup in two halves of the table. */
 
+TARGET_AVX2 INLINE float add_up_avx2(__m256 eight) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 TARGET_AVX2 INLINE void row_avx2(int r, const int width, matmul_pass *p) {
     const __m256 table_low = _mm256_loadu_ps(p->table), table_high = _mm256_loadu_ps(p->table + 8);
     const uint8_t *packed = p->packed + r * p->units * (UNIT / 2);
@@ -92,12 +99,7 @@ TARGET_AVX2 INLINE void row_avx2(int r, const int width, matmul_pass *p) {
             }
         }
     }
-    for (int m = 0; m < width; m++) {
-        const __m256 eight = _mm256_add_ps(total[m][0], total[m][1]);
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        p->sums[r][m] = _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-    }
+    for (int m = 0; m < width; m++) p->sums[r][m] = add_up_avx2(_mm256_add_ps(total[m][0], total[m][1]));
 }
 
 TARGET_AVX2 static void pass_avx2(int rows, int width, matmul_pass *p) { /* each call is inlined with its constant */
@@ -241,6 +243,11 @@ static pass_function choose_pass(const matmul_args *a) {
     return pass_scalar;
 }
 
+/* Products are cheaper by far than waking a thread: 8 tasks are about 30 microseconds on one. */
+static int is_worth_threads(const matmul_args *a, int64_t rows, int32_t threads) {
+    return threads > 1 && rows * a->out_features * a->in_features >= 8 * TASK;
+}
+
 /* x: [rows][K], y: [rows][N], both of dtype. Returns whether there was memory for the permuted x. */
 static int32_t matmul_fused(const matmul_args *a, const void *x, void *y, int64_t rows, int32_t dtype, int32_t threads) {
     const int64_t units = a->in_features / UNIT, n = a->out_features, groups = (n + ROWS - 1) / ROWS;
@@ -249,8 +256,7 @@ static int32_t matmul_fused(const matmul_args *a, const void *x, void *y, int64_
     float *const permuted = aligned_alloc(64, (size_t)(rows * units * UNIT) * sizeof(float));
     if (!permuted) return 0;
     permute(x, rows, units, dtype, permuted);
-    /* Products are cheaper by far than waking a thread: 8 tasks are about 30 microseconds on one. */
-    const int parallel = threads > 1 && rows * n * a->in_features >= 8 * TASK;
+    const int parallel = is_worth_threads(a, rows, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
     for (int64_t group = 0; group < groups; group++) {
         const int64_t row = group * ROWS;

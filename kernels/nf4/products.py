@@ -4,6 +4,9 @@ For few rows no decoded weight exists. For many, W is decoded and the platform's
 rows on, that makes up for the decoding. Where, depends on the dtype and the machine; the tables below say up to how
 many rows the fused product is taken, and the README how they were measured. A processor with a matrix unit multiplies
 any number of rows of bfloat16 straight from the packed weight, forward and backward.
+
+The weight that a product in C multiplies by is the float32 one of `dequantize` for x in float32 and float16. For x in
+bfloat16 it is rounded: to a whole number of 2^-14 of its scale, or, from four rows on a matrix unit on, to bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .checks import Packed, check_bias, check_packed, check_x
 from .ops import DEQUANTIZE
 from .reference import Nested
 
-FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 12}
+FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 128}
 # On a GPU; not measured. A fused product decodes W once per 128 rows (float32: 32), dequantize and cuBLAS once in all.
 GPU_FUSED_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
 

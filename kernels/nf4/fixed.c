@@ -1,0 +1,359 @@
+/* y = x Wᵀ for a few rows of bfloat16, in fixed point, straight from the packed W [N, K].
+
+   The product of matmul.c looks up and multiplies 16 codes of 32 bits at a time. Here both factors are whole numbers of
+   16 bits, so an instruction takes 32 codes, multiplies them and adds up pairs:
+
+       w = scale * t / 2^14         t = round(2^14 table[code]), 16 numbers that stand in one register for all of W
+       x = 2^(e - 14) * n           n = round(x / 2^(e - 14)), where 2^e is above the 8 elements that share it
+       y = sum over groups of 8:    scale * 2^(e - 28) * (t0 n0 + ... + t7 n7)
+
+   The sum of a group is exact: |t| <= 2^14 and |n| < 2^14, so it stays below 2^31. What rounds is t, by 2^-15 of a block's
+   scale, a fifth at most of what bfloat16 rounds off an NF4 weight; and n, where an x is less than 2^-6 of the largest of
+   its eight, because a bfloat16 has 8 bits. Groups are added in float32.
+
+   A unit is 64 elements of a row of W under one scale, and has 8 groups; a group is what falls into one of 8 sums of 32
+   bits. Which elements those are follows from how codes come to the surface, so each instruction set has an order of its
+   own, and x is brought into it once per call:
+
+       x86     words of 4 nibbles; vector j holds nibble j ^ 1 of each (the high nibble of a byte comes first)
+       AVX2    no lookup of 16 bits: bytes, looked up twice and interleaved, 8 from each half of the register
+       NEON    the same with whole registers of 16 bytes; also the order of the scalar path
+
+   Conditions: as in matmul.c; and a row of x that is not finite goes there. Every y[m][n] is summed in an order that
+   depends on K alone: not on threads, nor on the other rows of x and W. */
+
+enum { VECTORS = 4, LANES = 16, GROUPS = 8 }; /* a unit of x: 4 vectors of 16 elements, two of each to a group */
+enum { FRACTION = 14 };
+enum { X_BYTES = 512 * 1024 }; /* of x at a time: half of a small second cache */
+
+typedef struct {
+    const uint8_t *packed;  /* [rows][units][32] */
+    const float *scales;    /* [rows][units] */
+    const int16_t *table;   /* [32]: the 16 entries twice */
+    const int16_t *x;       /* [pairs][width][VECTORS][2][LANES]: two units at a time, one above the other */
+    const float *x_scales;  /* [pairs][width][2][GROUPS] */
+    int64_t units;
+    float sums[ROWS][WIDTH];
+} fixed_pass;
+
+/* Where in its unit element i of vector j stands. */
+
+INLINE int element_of(int32_t level, int j, int i) {
+    if (level >= AVX512 && level != NEON) return 4 * i + (j ^ 1);
+    const int low = j < 2; /* nibbles: first all low ones, then all high ones */
+    if (level == AVX2) return 2 * (i % 8 + 16 * (i / 8) + 8 * (j % 2)) + low;
+    return 2 * (i + 16 * (j % 2)) + low;
+}
+
+/* Scalar. */
+
+static void fixed_scalar(int rows, int width, fixed_pass *p) {
+    for (int r = 0; r < rows; r++) {
+        for (int m = 0; m < width; m++) {
+            float total[GROUPS] = {0};
+            for (int64_t u = 0; u < p->units; u++) {
+                const uint8_t *bytes = p->packed + (r * p->units + u) * (UNIT / 2);
+                const int16_t *x = p->x + (u / 2 * width + m) * 2 * UNIT + u % 2 * LANES;
+                const float *x_scales = p->x_scales + ((u / 2 * width + m) * 2 + u % 2) * GROUPS;
+                int32_t sum[GROUPS] = {0};
+                for (int i = 0; i < LANES; i++)
+                    for (int half = 0; half < 2; half++) {
+                        const uint8_t byte = bytes[16 * half + i];
+                        sum[i % GROUPS] += p->table[byte & 15] * x[half * 2 * LANES + i];
+                        sum[i % GROUPS] += p->table[byte >> 4] * x[(2 + half) * 2 * LANES + i];
+                    }
+                for (int g = 0; g < GROUPS; g++) total[g] += (float)sum[g] * (p->scales[r * p->units + u] * x_scales[g]);
+            }
+            p->sums[r][m] = ((total[0] + total[1]) + (total[2] + total[3])) + ((total[4] + total[5]) + (total[6] + total[7]));
+        }
+    }
+}
+
+#ifdef X86
+
+/* AVX2. */
+
+TARGET_AVX2 INLINE void fixed_row_avx2(int r, const int width, fixed_pass *p) {
+    const __m256i entries = _mm256_loadu_si256((const __m256i *)p->table);
+    /* The low bytes of the 16 entries, and the high ones, in both halves of a register. */
+    const __m256i bytes_apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
+                                                 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i apart = _mm256_shuffle_epi8(entries, bytes_apart);
+    const __m256i low = _mm256_permute4x64_epi64(apart, 0x88), high = _mm256_permute4x64_epi64(apart, 0xdd);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const uint8_t *packed = p->packed + r * p->units * (UNIT / 2);
+    const float *scales = p->scales + r * p->units;
+    __m256 total[WIDTH];
+    for (int m = 0; m < width; m++) total[m] = _mm256_setzero_ps();
+    for (int64_t u = 0; u < p->units; u++, packed += UNIT / 2) {
+        const int16_t *x = p->x + u / 2 * width * 2 * UNIT + u % 2 * LANES;
+        const float *x_scales = p->x_scales + (u / 2 * width * 2 + u % 2) * GROUPS;
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)packed);
+        const __m256i code[2] = {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
+        const __m256 scale = _mm256_set1_ps(scales[u]);
+        __m256i w[VECTORS];
+        for (int j = 0; j < 2; j++) {
+            const __m256i first = _mm256_shuffle_epi8(low, code[j]), second = _mm256_shuffle_epi8(high, code[j]);
+            w[2 * j] = _mm256_unpacklo_epi8(first, second);
+            w[2 * j + 1] = _mm256_unpackhi_epi8(first, second);
+        }
+        for (int m = 0; m < width; m++) {
+            __m256i sum = _mm256_setzero_si256();
+            for (int j = 0; j < VECTORS; j++) {
+                const __m256i *const n = (const __m256i *)(x + (m * VECTORS + j) * 2 * LANES);
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w[j], _mm256_load_si256(n)));
+            }
+            const __m256 both = _mm256_mul_ps(scale, _mm256_load_ps(x_scales + m * 2 * GROUPS));
+            total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, total[m]);
+        }
+    }
+    for (int m = 0; m < width; m++) p->sums[r][m] = add_up_avx2(total[m]);
+}
+
+TARGET_AVX2 static void fixed_avx2(int rows, int width, fixed_pass *p) { /* each call is inlined with its constant */
+    for (int r = 0; r < rows; r++) {
+        if (width == 1) fixed_row_avx2(r, 1, p);
+        if (width == 2) fixed_row_avx2(r, 2, p);
+        if (width == 3) fixed_row_avx2(r, 3, p);
+        if (width == 4) fixed_row_avx2(r, 4, p);
+    }
+}
+
+/* AVX-512: two units of a row of W to a register, 4 rows of W at a time. */
+
+/* sum + pairs of products. With VNNI it is one instruction, which the compiler may only use if told so for the whole
+   function; the two give the same bits. */
+TARGET_AVX512 INLINE __m512i add_products(__m512i sum, __m512i w, __m512i n, const int vnni) {
+    if (!vnni) return _mm512_add_epi32(sum, _mm512_madd_epi16(w, n));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "vm"(n));
+    return sum;
+}
+
+TARGET_AVX512 INLINE void fixed_rows_avx512(int first, const int rows, const int width, const int vnni, fixed_pass *p) {
+    const __m512i table = _mm512_loadu_si512(p->table);
+    const int64_t units = p->units, stride = units * (UNIT / 2);
+    const uint8_t *packed = p->packed + first * stride;
+    const float *scales = p->scales + first * units, *x_scales = p->x_scales;
+    const int16_t *x = p->x;
+    __m512 total[ROWS][WIDTH];
+    for (int r = 0; r < rows; r++)
+        for (int m = 0; m < width; m++) total[r][m] = _mm512_setzero_ps();
+    for (int64_t u = 0; u < units; u += 2, packed += UNIT, x += width * 2 * UNIT, x_scales += width * 2 * GROUPS) {
+        const int single = u + 1 == units; /* the upper half of x is then zeros, and so is its scale */
+        for (int r = 0; r < rows; r++) {
+            __m512i words;
+            __m512 scale = _mm512_set1_ps(scales[r * units + u]);
+            if (single) {
+                words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(packed + r * stride)));
+                scale = _mm512_maskz_mov_ps(0x00ff, scale);
+            } else {
+                words = _mm512_loadu_si512(packed + r * stride);
+                scale = _mm512_mask_mov_ps(scale, 0xff00, _mm512_set1_ps(scales[r * units + u + 1]));
+            }
+            /* The next rows, which the hardware does not foresee while x streams by. */
+            _mm_prefetch((const char *)packed + (r + ROWS) * stride, _MM_HINT_T0);
+            __m512i w[VECTORS]; /* the lookup reads 5 bits, and the table stands there twice: nothing is masked off */
+            for (int j = 0; j < VECTORS; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
+            for (int m = 0; m < width; m++) {
+                const int16_t *const n = x + m * 2 * UNIT;
+                __m512i sum = _mm512_madd_epi16(w[0], _mm512_load_si512(n));
+                for (int j = 1; j < VECTORS; j++) sum = add_products(sum, w[j], _mm512_load_si512(n + j * 2 * LANES), vnni);
+                const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(x_scales + m * 2 * GROUPS));
+                total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total[r][m]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int m = 0; m < width; m++) p->sums[first + r][m] = _mm512_reduce_add_ps(total[r][m]);
+}
+
+TARGET_AVX512 INLINE void fixed_width_avx512(int rows, int width, const int vnni, fixed_pass *p) {
+    if (rows == ROWS) {
+        if (width == 1) fixed_rows_avx512(0, ROWS, 1, vnni, p);
+        if (width == 2) fixed_rows_avx512(0, ROWS, 2, vnni, p);
+        if (width == 3) fixed_rows_avx512(0, ROWS, 3, vnni, p);
+        if (width == 4) fixed_rows_avx512(0, ROWS, 4, vnni, p);
+        return;
+    }
+    for (int r = 0; r < rows; r++) { /* the last rows of W */
+        if (width == 1) fixed_rows_avx512(r, 1, 1, vnni, p);
+        if (width == 2) fixed_rows_avx512(r, 1, 2, vnni, p);
+        if (width == 3) fixed_rows_avx512(r, 1, 3, vnni, p);
+        if (width == 4) fixed_rows_avx512(r, 1, 4, vnni, p);
+    }
+}
+
+TARGET_AVX512 static void fixed_avx512(int rows, int width, fixed_pass *p) {
+    fixed_width_avx512(rows, width, 0, p);
+}
+
+TARGET_AVX512 static void fixed_vnni(int rows, int width, fixed_pass *p) {
+    fixed_width_avx512(rows, width, 1, p);
+}
+
+#endif /* X86 */
+
+#ifdef ARM
+
+/* NEON: 16 bytes at a time, low nibbles and high ones; sums of groups 0 to 3 and 4 to 7. */
+
+INLINE void fixed_row_neon(int r, const int width, fixed_pass *p) {
+    const int8x16x2_t entries = vld2q_s8((const int8_t *)p->table); /* their low bytes, their high bytes */
+    const uint8_t *packed = p->packed + r * p->units * (UNIT / 2);
+    const float *scales = p->scales + r * p->units;
+    float32x4_t total[WIDTH][2];
+    for (int m = 0; m < width; m++) total[m][0] = total[m][1] = vdupq_n_f32(0.0f);
+    for (int64_t u = 0; u < p->units; u++, packed += UNIT / 2) {
+        const int16_t *x = p->x + u / 2 * width * 2 * UNIT + u % 2 * LANES;
+        const float *x_scales = p->x_scales + (u / 2 * width * 2 + u % 2) * GROUPS;
+        int16x8_t w[VECTORS][2];
+        for (int j = 0; j < VECTORS; j++) {
+            const uint8x16_t byte = vld1q_u8(packed + 16 * (j % 2));
+            const uint8x16_t code = j < 2 ? vandq_u8(byte, vdupq_n_u8(15)) : vshrq_n_u8(byte, 4);
+            const int8x16x2_t pair = vzipq_s8(vqtbl1q_s8(entries.val[0], code), vqtbl1q_s8(entries.val[1], code));
+            for (int h = 0; h < 2; h++) w[j][h] = vreinterpretq_s16_s8(pair.val[h]);
+        }
+        for (int m = 0; m < width; m++) {
+            int32x4_t sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+            for (int j = 0; j < VECTORS; j++)
+                for (int h = 0; h < 2; h++) {
+                    const int16x8_t n = vld1q_s16(x + (m * VECTORS + j) * 2 * LANES + 8 * h);
+                    sum[0] = vmlal_s16(sum[0], vget_low_s16(w[j][h]), vget_low_s16(n));
+                    sum[1] = vmlal_high_s16(sum[1], w[j][h], n);
+                }
+            for (int h = 0; h < 2; h++) {
+                const float32x4_t both = vmulq_n_f32(vld1q_f32(x_scales + m * 2 * GROUPS + 4 * h), scales[u]);
+                total[m][h] = vfmaq_f32(total[m][h], vcvtq_f32_s32(sum[h]), both);
+            }
+        }
+    }
+    for (int m = 0; m < width; m++) p->sums[r][m] = vaddvq_f32(vaddq_f32(total[m][0], total[m][1]));
+}
+
+static void fixed_neon(int rows, int width, fixed_pass *p) { /* each call is inlined with its constant */
+    for (int r = 0; r < rows; r++) {
+        if (width == 1) fixed_row_neon(r, 1, p);
+        if (width == 2) fixed_row_neon(r, 2, p);
+        if (width == 3) fixed_row_neon(r, 3, p);
+        if (width == 4) fixed_row_neon(r, 4, p);
+    }
+}
+
+#endif /* ARM */
+
+typedef void (*fixed_function)(int rows, int width, fixed_pass *);
+
+static fixed_function choose_fixed(int32_t level) {
+#ifdef X86
+    if (level >= VNNI) return fixed_vnni;
+    if (level == AVX512) return fixed_avx512;
+    if (level == AVX2) return fixed_avx2;
+#endif
+#ifdef ARM
+    if (level == NEON) return fixed_neon;
+#endif
+    return fixed_scalar;
+}
+
+/* One unit of a row of x. x: [UNIT]; n: VECTORS vectors, each 2 * LANES behind the one before; order: element_of. */
+static void to_fixed(const uint16_t *x, const uint8_t order[VECTORS][LANES], int32_t level, int16_t *n, float *scales) {
+    float value[VECTORS][LANES], inverse[LANES]; /* 2^(FRACTION - e) */
+    uint32_t largest[LANES] = {0};
+    for (int j = 0; j < VECTORS; j++)
+        for (int i = 0; i < LANES; i++) value[j][i] = float_of((uint32_t)x[order[j][i]] << 16);
+    for (int j = 0; j < VECTORS; j++)
+        for (int i = 0; i < LANES; i++) { /* of magnitudes that are not negative the bits have the same order */
+            const uint32_t magnitude = bits_of(value[j][i]) & 0x7fffffff;
+            largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+        }
+    for (int g = 0; g < GROUPS; g++) {
+        const int one = level == SCALAR || level == NEON ? g : 2 * g, other = level == SCALAR || level == NEON ? g + GROUPS : 2 * g + 1;
+        /* Biased by 127. 2^-98 at least, so that no power of two below leaves the normal numbers. */
+        const uint32_t above = ((largest[one] > largest[other] ? largest[one] : largest[other]) >> 23) + 1;
+        const uint32_t e = above > 29 ? above : 29;
+        inverse[one] = inverse[other] = float_of((254 + FRACTION - e) << 23);
+        scales[g] = float_of((e - 2 * FRACTION) << 23);
+    }
+    for (int j = 0; j < VECTORS; j++)
+        for (int i = 0; i < LANES; i++) /* adding 1.5 * 2^23 leaves the whole number, rounded to even, in the low bits */
+            n[j * 2 * LANES + i] = (int16_t)bits_of(value[j][i] * inverse[i] + 0x1.8p23f);
+}
+
+/* x: [rows][units][UNIT], all finite. n, scales: as in fixed_pass, for each WIDTH rows. A missing upper unit is zeros. */
+static void arrange_fixed(const uint16_t *x, int64_t rows, int64_t units, int32_t level, int16_t *n, float *scales) {
+    const int64_t pairs = (units + 1) / 2;
+    uint8_t order[VECTORS][LANES];
+    for (int j = 0; j < VECTORS; j++)
+        for (int i = 0; i < LANES; i++) order[j][i] = (uint8_t)element_of(level, j, i);
+    for (int64_t first = 0; first < rows; first += WIDTH) {
+        const int64_t width = least(rows - first, WIDTH);
+        for (int64_t u = 0; u < 2 * pairs; u++)
+            for (int64_t m = 0; m < width; m++) {
+                const int64_t at = first * pairs + u / 2 * width + m;
+                int16_t *const to = n + at * 2 * UNIT + u % 2 * LANES;
+                float *const to_scales = scales + (2 * at + u % 2) * GROUPS;
+                if (u < units) {
+                    to_fixed(x + ((first + m) * units + u) * UNIT, (const uint8_t(*)[LANES])order, level, to, to_scales);
+                    continue;
+                }
+                for (int j = 0; j < VECTORS; j++) memset(to + j * 2 * LANES, 0, LANES * sizeof *to);
+                memset(to_scales, 0, GROUPS * sizeof *to_scales);
+            }
+    }
+}
+
+/* As qlorag_nf4_matmul, for rows of bfloat16 that are all finite. */
+static int32_t matmul_of_finite(const matmul_args *a, const uint16_t *x, uint16_t *y, int64_t rows, int32_t threads) {
+    const int64_t units = a->in_features / UNIT, pairs = (units + 1) / 2;
+    const int64_t n = a->out_features, groups = (n + ROWS - 1) / ROWS, size = rows * pairs * 2 * UNIT * 2;
+    const fixed_function run = choose_fixed(a->level);
+    const int shift = shift_of(a);
+    uint8_t *const memory = aligned_alloc(64, (size_t)(size + size / 4));
+    if (!memory) return 0;
+    int16_t *const arranged = (int16_t *)memory, table[32];
+    float *const x_scales = (float *)(memory + size);
+    arrange_fixed(x, rows, units, a->level, arranged, x_scales);
+    for (int c = 0; c < 32; c++) table[c] = (int16_t)bits_of(a->w.table[c % 16] * (1 << FRACTION) + 0x1.8p23f);
+    const int parallel = is_worth_threads(a, rows, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t row = group * ROWS;
+        const int count = (int)least(n - row, ROWS);
+        float scales[ROWS * MAX_UNITS];
+        scales_of_units(a, row * units, count * units, shift, scales);
+        fixed_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, table, arranged, x_scales, units, {{0}}};
+        for (int64_t first = 0; first < rows; first += WIDTH) {
+            const int width = (int)least(rows - first, WIDTH);
+            run(count, width, &pass);
+            for (int r = 0; r < count; r++)
+                for (int m = 0; m < width; m++) y[(first + m) * n + row + r] = to_bfloat16(pass.sums[r][m]);
+            pass.x += width * pairs * 2 * UNIT;
+            pass.x_scales += width * pairs * 2 * GROUPS;
+        }
+    }
+    free(memory);
+    return 1;
+}
+
+static int is_finite(const uint16_t *x, int64_t count) {
+    int found = 0;
+    for (int64_t i = 0; i < count; i++) found |= (x[i] & 0x7f80) == 0x7f80;
+    return !found;
+}
+
+/* As qlorag_nf4_matmul, for bfloat16: each run of rows that are finite here, or are not, in matmul.c. W is read once for
+   as many rows of x as stay in a cache. */
+static int32_t matmul_fixed(const matmul_args *a, const uint16_t *x, uint16_t *y, int64_t rows, int32_t threads) {
+    const int64_t most = (X_BYTES / (2 * a->in_features) + WIDTH) / WIDTH * WIDTH;
+    for (int64_t first = 0, last; first < rows; first = last) {
+        const int64_t end = least(rows, first + most);
+        const int finite = is_finite(x + first * a->in_features, a->in_features);
+        for (last = first + 1; last < end && is_finite(x + last * a->in_features, a->in_features) == finite;) last++;
+        const uint16_t *const from = x + first * a->in_features;
+        uint16_t *const to = y + first * a->out_features;
+        if (!(finite ? matmul_of_finite(a, from, to, last - first, threads)
+                     : matmul_fused(a, from, to, last - first, BFLOAT16, threads)))
+            return 0;
+    }
+    return 1;
+}

@@ -94,7 +94,7 @@ enum { FEW_BYTES = FEW_TILES * STEP * PLANES * TILE_BYTES };
 enum { BLOCK_UNITS = 8 };  /* a block of W, if x has more, is 64 x 8 codes of up to */
 enum { BLOCK_TILES = 16 }; /* 16 x 16 rows: 256 KiB when decoded */
 enum { BLOCK_ROWS = 512 }; /* of x at a time, so that the sums of a block stay in the cache */
-enum { AMX_ROWS = 4 };      /* of x, from which on this beats fixed.c */
+enum { AMX_ROWS = 5 };      /* of x, from which on this beats fixed.c */
 enum { AMX_TASK = 1 << 23 }; /* multiplications: from about as many on a second thread pays */
 
 /* Tiles of 16 rows of W: `units` units of each row, of which there are `rows`. out: [units][PLANES] tiles. */

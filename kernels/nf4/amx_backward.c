@@ -10,7 +10,7 @@ enum { PAIRS = 2 * TILE };  /* rows of W in one tile B */
 enum { QUARTERS = 4 };      /* tiles that a unit of 16 pairs of rows gives: one for each nibble of a word */
 enum { WIDE_UNITS = 8 };    /* a block of W is 64 x 8 columns */
 enum { DEEP_TILES = 8 };    /* and 32 x 8 rows: 256 KiB when decoded */
-enum { BACKWARD_ROWS = 256 }; /* of dy at a time */
+enum { BACKWARD_ROWS = 512 }; /* of dy at a time: sums of 1 MiB, half of a second cache */
 
 /* 32 rows of W (or fewer: the others count as zeros), `units` units of each: tiles [units][QUARTERS], `next` bytes apart. */
 TARGET_AMX INLINE void decode_pairs(const uint8_t *packed, const float *scales, int64_t stride, int64_t rows, int64_t units,
@@ -32,9 +32,9 @@ TARGET_AMX INLINE void decode_pairs(const uint8_t *packed, const float *scales, 
             const __m512i word1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(word + odd * bytes)));
             const __m512i words = _mm512_or_si512(word0, _mm512_slli_epi32(word1, 16));
             for (int q = 0; q < QUARTERS; q++) {
-                const __m512i code = _mm512_and_si512(_mm512_srli_epi16(words, 4 * q), low);
-                const __m512i value = _mm512_permutexvar_epi16(_mm512_or_si512(code, second), lut);
-                _mm512_store_si512(out + (u * QUARTERS + q) * next, value);
+                /* (word & low) | second */
+                const __m512i code = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * q), low, second, 0xea);
+                _mm512_store_si512(out + (u * QUARTERS + q) * next, _mm512_permutexvar_epi16(code, lut));
             }
         }
     }

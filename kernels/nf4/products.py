@@ -6,7 +6,7 @@ many rows the fused product is taken, and the README how they were measured. A p
 any number of rows of bfloat16 straight from the packed weight, forward and backward.
 
 The weight that a product in C multiplies by is the float32 one of `dequantize` for x in float32 and float16. For x in
-bfloat16 it is rounded: to a whole number of 2^-14 of its scale, or, from four rows on a matrix unit on, to bfloat16.
+bfloat16 it is rounded: to a whole number of 2^-14 of its scale, or, from five rows on a matrix unit on, to bfloat16.
 """
 
 from __future__ import annotations

@@ -335,12 +335,12 @@ def backward_call(rows: int, k: int, n: int, block_size: int, *, double_quant: b
 def matrix_unit_calls() -> Iterable[Call]:
     """Rows in and beside tiles of 16 and pairs of them; W that ends inside a tile, a pair of rows, a cached block."""
     block_sizes = itertools.cycle(BLOCK_SIZES[1:])
-    for rows, k, n in itertools.product((4, 15, 16, 17, 32, 33, 49), (64, 192, 576, 1088), (1, 16, 31, 33, 70, 289)):
+    for rows, k, n in itertools.product((5, 15, 16, 17, 32, 33, 49), (64, 192, 576, 1088), (1, 16, 31, 33, 70, 289)):
         double_quant = rows % 2 == 0
         yield product_call(rows, k, n, torch.bfloat16, next(block_sizes), double_quant=double_quant)
         yield backward_call(rows, k, n, next(block_sizes), double_quant=double_quant)
     for rows in (520, 1):
-        yield product_call(max(rows, 4), 128, 50, torch.bfloat16, 64, double_quant=True)
+        yield product_call(max(rows, 5), 128, 50, torch.bfloat16, 64, double_quant=True)
         yield backward_call(rows, 128, 50, 64, double_quant=True)
 
 

@@ -165,7 +165,7 @@ def test_a_prepared_product_keeps_its_weight_alive():
 
 # A few rows of bfloat16 (fixed.c): a weight is round(2^14 table[code]) / 2^14 times its scale.
 
-FEW = 3  # rows: from 4 on the matrix unit takes over, where there is one
+FEW = 4  # rows: from 5 on the matrix unit takes over, where there is one
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("nf4", 0xFF), ("fp4", 0x33)])  # two codes of 1
@@ -224,7 +224,7 @@ def test_in_fixed_point_a_row_depends_neither_on_the_others_nor_on_the_threads(l
     w = packed_weight(701, 576)
     x = torch.randn(11, 576, generator=generator()).bfloat16()
     x[4, 17], x[5, 3], x[10, 0] = float("inf"), float("nan"), -float("inf")  # go through matmul.c, alone
-    rows = (1, 2, 3) if level == "amx" else (1, 2, 3, 7, 11)
+    rows = (1, 2, 3, 4) if level == "amx" else (1, 2, 3, 7, 11)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -250,7 +250,7 @@ def test_in_fixed_point_many_rows_are_taken_in_blocks(level):
 
 # The matrix unit (amx.c): the weight is the bits of dequantize, forward and backward.
 
-MANY = (4, 5, 15, 16, 17, 31, 32, 33, 48, 49, 520)  # rows: tiles are 16 high, pairs of them multiplied, 512 at a time
+MANY = (5, 6, 15, 16, 17, 31, 32, 33, 48, 49, 520)  # rows: tiles are 16 high, pairs of them multiplied, 512 at a time
 
 
 def normal(*shape, seed=0):
@@ -294,7 +294,7 @@ def test_on_the_matrix_unit_a_row_depends_neither_on_the_others_nor_on_the_threa
     try:
         torch.set_num_threads(1)
         y, dx = nf4.matmul(x, **w, backend="c"), nf4.matmul_backward(dy, **w, backend="c")
-        for count in (4, 16, 17, 33, 50):
+        for count in (5, 16, 17, 33, 50):
             assert torch.equal(nf4.matmul(x[-count:], **w, backend="c"), y[-count:])
             assert torch.equal(nf4.matmul_backward(dy[-count:], **w, backend="c"), dx[-count:])
         for threads in (2, 3, 16):
@@ -327,10 +327,10 @@ def test_what_is_smaller_than_normal_numbers_counts_as_nothing(matrix_unit):
     """As in torch's own bfloat16 product on this unit; said in amx.c."""
     w = packed_weight(3, 64, double_quant=False)
     w["absmax"].fill_(1.0)
-    tiny = torch.full((4, 64), 2.0**-130, dtype=torch.bfloat16)
+    tiny = torch.full((5, 64), 2.0**-130, dtype=torch.bfloat16)
     assert (tiny != 0).all() and (nf4.matmul(tiny, **w, backend="c") == 0).all()
     w["absmax"].fill_(2.0**-130)
-    assert (nf4.matmul(torch.ones(4, 64, dtype=torch.bfloat16), **w, backend="c") == 0).all()
+    assert (nf4.matmul(torch.ones(5, 64, dtype=torch.bfloat16), **w, backend="c") == 0).all()
 
 
 def test_torchs_products_in_between_are_not_disturbed(matrix_unit):
@@ -345,7 +345,7 @@ def test_torchs_products_in_between_are_not_disturbed(matrix_unit):
 
 def test_from_several_python_threads(matrix_unit):
     w = packed_weight(300, 640)
-    inputs = [normal(4 + 7 * i, 640, seed=i) for i in range(8)]
+    inputs = [normal(5 + 7 * i, 640, seed=i) for i in range(8)]
     alone = [nf4.matmul(x, **w) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda i: nf4.matmul(inputs[i % 8], **w), range(160)))

@@ -114,6 +114,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("nested_offset", q.nested_offset)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._fused: nf4.Matmul | None = None
+        self._fused_code = (self.kind, self.block_size)
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:
@@ -146,13 +147,15 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to y [..., N], in the dtype of x, or under autocast in autocast's."""
-        if x.shape[-1] != self.in_features:
-            raise QuantizationError(f"x is [..., {x.shape[-1]}]: wanted [..., {self.in_features}]")
+        if x.shape[-1:] != (self.in_features,):
+            raise QuantizationError(f"x is {list(x.shape)}: wanted [..., {self.in_features}]")
+        if x.device != self.packed.device:
+            raise QuantizationError(f"x is on {x.device}, the weight on {self.packed.device}: move them together")
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if torch.compiler.is_compiling():
+        if nf4.is_traced():
             parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
             compiled: Tensor = nf4.nf4_matmul(x, *parts, self.out_features, self.kind, self.block_size)
             return compiled if bias is None else compiled + bias
@@ -169,19 +172,21 @@ class QuantizedLinear(nn.Module):
 
     def _fused_for(self, x: Tensor) -> nf4.Matmul | None:
         """The fused product, if it is the one to take for so many rows."""
-        if not x.is_cpu:
+        if not x.is_cpu or x.dtype not in nf4.FUSED_ROWS:
             return None
         rows = x.numel() // self.in_features  # the table first: to ask the processor takes 4 microseconds
-        few = rows <= nf4.FUSED_ROWS.get(x.dtype, 0) or rows <= nf4.fused_rows(x.dtype, x.device)
+        few = rows <= nf4.FUSED_ROWS[x.dtype] or rows <= nf4.fused_rows(x.dtype, x.device)
         return self._fused_matmul() if few else None
 
     def _fused_matmul(self) -> nf4.Matmul | None:
         """The fused product with the weight this layer holds now, or None where there is none."""
-        held = self._buffers
-        if self._fused is None or not self._fused.is_over(
-            held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"]
+        held, code = self._buffers, (self.kind, self.block_size)
+        if (
+            self._fused is None
+            or self._fused_code != code
+            or not self._fused.is_over(held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"])
         ):
-            q = self.quantized
+            q, self._fused_code = self.quantized, code
             self._fused = nf4.prepare_matmul(
                 q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested
             )
@@ -189,6 +194,20 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": None}  # addresses mean nothing in a copy
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; but a part in another dtype is an error: copied, a float scale would become a whole number."""
+        wrong = [
+            f"{prefix}{name} is {given.dtype}, wanted {held.dtype}: it comes from a layer that was quantized in "
+            "another way (double_quant)"
+            for name, held in self._buffers.items()
+            if held is not None and isinstance(given := state_dict.get(prefix + name), Tensor)
+            if given.dtype != held.dtype
+        ]
+        if wrong:
+            args[-1].extend(wrong)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = dict(self._buffers)

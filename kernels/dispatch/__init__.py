@@ -70,10 +70,16 @@ def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str
     return backend
 
 
-def check_together(**tensors: Tensor) -> None:
-    """Raise ValueError unless all of these named tensors are on one device: a kernel would read another's memory."""
+def check_together(*, labels: Tensor | None = None, **tensors: Tensor) -> None:
+    """Raise ValueError unless all of these named tensors are on one device, and all but `labels` of real numbers.
+
+    A kernel would read another device's memory; and of whole numbers the formulas make nonsense.
+    """
+    for name, t in tensors.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{name} is {t.dtype}: wanted float32, float16, bfloat16 or float64")
     (first, x), *others = tensors.items()
-    for name, t in others:
+    for name, t in others if labels is None else [*others, ("labels", labels)]:
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, {first} on {x.device}: move them together")
 

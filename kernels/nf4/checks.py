@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
 
 
 def check_block_size(block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
 
 
@@ -87,13 +88,15 @@ def check_packed(
     """The parts together. Raises QuantizationError: they do not fit each other."""
     known = check_kind(kind)
     check_block_size(block_size)
-    if not shape or min(shape) < 1:
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
+        raise QuantizationError(f"shape={shape!r}: wanted a tuple of whole numbers")
+    if min(shape, default=1) < 1:
         raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
-    _check_part("packed", packed, torch.uint8, (numel + 1) // 2, packed.device)
+    _check_part("packed", packed, torch.uint8, (numel + 1) // 2, None)
     if nested is None:
-        if absmax.dtype == torch.uint8:
+        if isinstance(absmax, Tensor) and absmax.dtype == torch.uint8:
             raise QuantizationError("absmax is uint8 but nested is missing: pass nested=Nested(absmax, offset)")
         _check_part("absmax", absmax, torch.float32, blocks, packed.device)
     else:
@@ -104,7 +107,9 @@ def check_packed(
     return Packed(packed, absmax, nested, tuple(shape), known, block_size)
 
 
-def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device | None) -> None:
+    if not isinstance(part, Tensor):
+        raise QuantizationError(f"{name} is {part!r}: wanted a {dtype} tensor of {numel}")
     if part.dtype != dtype:
         raise QuantizationError(f"{name} is {part.dtype}: wanted {dtype}")
     if part.numel() != numel:
@@ -112,7 +117,7 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device:
             f"{name} has {part.numel()} elements, but shape and block_size ask for {numel}: "
             "it is truncated, or belongs to another tensor"
         )
-    if part.device != device:
+    if device is not None and part.device != device:
         raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
     if not part.is_contiguous():
         raise QuantizationError(f"{name} is not contiguous (strides {part.stride()}): pass {name}.contiguous()")
@@ -126,3 +131,5 @@ def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: tor
         )
     if not out.is_contiguous():
         raise QuantizationError(f"out is not contiguous (strides {out.stride()})")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise QuantizationError("out requires a gradient, and what is written there has none: pass out.detach()")

@@ -83,9 +83,16 @@ DYNAMIC_UNSIGNED = _make_dynamic(signed=False)
 TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 
+# The best common denominators up to 2^14, for a table in whole numbers (fixed.c). FP4's entries are multiples of 1/192,
+# and this is one of 192. NF4's are not rational: of all, this one leaves the least error in a sum of 4096, where what
+# the errors have in common counts 64 times as much as the rest; that is 4e-7 at most, for normal weights, even ones and
+# even codes, and 1e-5 the rest. (With 2^14, 6e-6 and 2e-5: a sum of 4096 positive numbers would be off by 1e-3.)
+DENOMINATORS: dict[Kind, int] = {"nf4": 15586, "fp4": 16320}
+
+
 def check_kind(kind: str) -> Kind:
     """Return `kind`, or raise QuantizationError naming the two there are."""
-    if kind not in TABLES:
+    if not isinstance(kind, str) or kind not in TABLES:
         raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
     return kind
 

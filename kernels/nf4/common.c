@@ -88,6 +88,10 @@ INLINE float float_of(uint32_t u) {
     return x;
 }
 
+INLINE float power_of_two(int32_t exponent) { /* -126 ... 127 */
+    return float_of((uint32_t)(exponent + 127) << 23);
+}
+
 INLINE uint16_t to_bfloat16(float x) {
     const uint32_t u = bits_of(x == x ? x : NAN);
     return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);

@@ -15,12 +15,13 @@
 int32_t qlorag_nf4_best_level(void) {
 #ifdef X86
     __builtin_cpu_init();
+    const int vnni = __builtin_cpu_supports("avx512vnni");
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
 #ifdef HAVE_AMX
-        if (has_amx()) return AMX;
+        if (vnni && has_amx()) return AMX;
 #endif
-        return __builtin_cpu_supports("avx512vnni") ? VNNI : AVX512;
+        return vnni ? VNNI : AVX512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2; /* F16C is older than AVX2 */
 #elif defined(ARM)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import LEVELS, LevelError, Library, choose_level, load
 from .checks import Packed
-from .codebook import Kind, dynamic_grid, dynamic_table, table, thresholds
+from .codebook import DENOMINATORS, Kind, dynamic_grid, dynamic_table, table, thresholds
 from .errors import QuantizationError
 from .reference import NESTED_BLOCK_SIZE, Nested, name_nonfinite, nested_offset
 
@@ -78,7 +78,19 @@ class _MatmulArgs(ctypes.Structure):
         ("out_features", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("level", ctypes.c_int32),
+        ("denominator", ctypes.c_int32),
     ]
+
+
+def _address(t: Tensor) -> int:
+    """Where its elements are. Raises QuantizationError: nowhere, as in a tensor that only stands for one."""
+    address = t.data_ptr()
+    if address == 0 and t.numel():
+        raise QuantizationError(
+            f"a {t.dtype} tensor {list(t.shape)} has no memory (a fake or traced one?): these kernels take real ones; "
+            f"under a tracer, use torch.ops.{__name__.split('.')[0]}.nf4_matmul or nf4_dequantize"
+        )
+    return address
 
 
 @lru_cache(maxsize=1)
@@ -132,7 +144,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
     absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=_CPU)
     bounds, codes = thresholds(kind, _CPU)
     args = _QuantizeArgs(
-        w=w.data_ptr(),
+        w=_address(w),
         thresholds=bounds.data_ptr(),
         codes=codes.data_ptr(),
         packed=packed.data_ptr(),
@@ -154,7 +166,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=_CPU)
     nested = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE), dtype=torch.float32, device=_CPU)
     library().handle.qlorag_nf4_quantize_absmax(
-        absmax.data_ptr(),
+        _address(absmax),
         offset.data_ptr(),
         dynamic_grid(_CPU).data_ptr(),
         absmax.numel(),
@@ -166,10 +178,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
 
 def _packed_tensor(w: Packed) -> _PackedTensor:
     return _PackedTensor(
-        packed=w.packed.data_ptr(),
-        absmax=w.absmax.data_ptr(),
-        nested_absmax=None if w.nested is None else w.nested.absmax.data_ptr(),
-        nested_offset=None if w.nested is None else w.nested.offset.data_ptr(),
+        packed=_address(w.packed),
+        absmax=_address(w.absmax),
+        nested_absmax=None if w.nested is None else _address(w.nested.absmax),
+        nested_offset=None if w.nested is None else _address(w.nested.offset),
         dynamic=dynamic_table(_CPU).data_ptr(),
         table=table(w.kind, _CPU).data_ptr(),
         numel=w.numel,
@@ -183,7 +195,7 @@ def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         out = torch.empty(w.shape, dtype=dtype, device=_CPU)
     args = _DequantizeArgs(
         q=_packed_tensor(w),
-        out=out.data_ptr(),
+        out=_address(out),
         dtype=DTYPES[dtype],
         level=level(),
         threads=torch.get_num_threads(),
@@ -206,6 +218,7 @@ class Matmul:
             out_features=self.out_features,
             in_features=self.in_features,
             level=level(),
+            denominator=DENOMINATORS[w.kind],
         )
         self._address = ctypes.addressof(self._args)
         self._run = library().handle.qlorag_nf4_matmul
@@ -228,18 +241,32 @@ class Matmul:
         return self._has_matrix_unit and dtype == torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map x [..., K] to y [..., N] in its dtype; x is contiguous, on the CPU, and its dtype in DTYPES."""
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        rows = x.numel() // self.in_features
+        """Map x [..., K] to y [..., N] in its dtype; x is contiguous, on the CPU, float32, float16 or bfloat16.
+
+        Raises QuantizationError: it is not.
+        """
+        *rows, k = x.shape or (0,)
+        if k != self.in_features or x.dtype not in DTYPES or not x.is_cpu or not x.is_contiguous():
+            raise QuantizationError(
+                f"x is {x.dtype} {list(x.shape)} on {x.device}, strides {x.stride()}: wanted float32, float16 or "
+                f"bfloat16 [..., {self.in_features}] on cpu, contiguous"
+            )
+        y = x.new_empty((*rows, self.out_features))
         threads = torch.get_num_threads()
-        if not self._run(self._address, x.data_ptr(), y.data_ptr(), rows, DTYPES[x.dtype], threads):
+        if not self._run(self._address, _address(x), _address(y), x.numel() // k, DTYPES[x.dtype], threads):
             raise MemoryError(f"no memory for a copy of x, {list(x.shape)}")
         return y
 
     def backward(self, dy: Tensor) -> Tensor:
         """Map dy [..., N] to dx = dy W [..., K]; dy is contiguous, on the CPU, and has_backward(its dtype) is true."""
-        dx = dy.new_empty((*dy.shape[:-1], self.in_features))
-        rows = dy.numel() // self.out_features
-        if not self._run_backward(self._address, dy.data_ptr(), dx.data_ptr(), rows, torch.get_num_threads()):
+        *rows, n = dy.shape or (0,)
+        if n != self.out_features or not self.has_backward(dy.dtype) or not dy.is_cpu or not dy.is_contiguous():
+            raise QuantizationError(
+                f"dy is {dy.dtype} {list(dy.shape)} on {dy.device}, strides {dy.stride()}: wanted bfloat16 "
+                f"[..., {self.out_features}] on cpu, contiguous, on a processor with a matrix unit"
+            )
+        dx = dy.new_empty((*rows, self.in_features))
+        count, threads = dy.numel() // n, torch.get_num_threads()
+        if not self._run_backward(self._address, _address(dy), _address(dx), count, threads):
             raise MemoryError(f"no memory for a copy of dy, {list(dy.shape)}")
         return dx

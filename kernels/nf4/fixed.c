@@ -1,48 +1,70 @@
 /* y = x Wᵀ for a few rows of bfloat16, in fixed point, straight from the packed W [N, K].
 
-   The product of matmul.c looks up and multiplies 16 codes of 32 bits at a time. Here both factors are whole numbers of
-   16 bits, so an instruction takes 32 codes, multiplies them and adds up pairs:
+   The product of matmul.c looks up and multiplies numbers of 32 bits. Here both factors are whole numbers of 16 bits, so
+   that an instruction multiplies twice as many and adds up pairs of products:
 
-       w = scale * t / 2^14         t = round(2^14 table[code]), 16 numbers that stand in one register for all of W
+       w = scale * t / D            t = round(D table[code]), the same 16 numbers for all of W; D <= 2^14, see codebook.py
        x = 2^(e - 14) * n           n = round(x / 2^(e - 14)), where 2^e is above the 8 elements that share it
-       y = sum over groups of 8:    scale * 2^(e - 28) * (t0 n0 + ... + t7 n7)
+       y = sum over groups of 8:    scale * (2^(e - 14) / D) * (t0 n0 + ... + t7 n7)
 
-   The sum of a group is exact: |t| <= 2^14 and |n| < 2^14, so it stays below 2^31. What rounds is t, by 2^-15 of a block's
-   scale, a fifth at most of what bfloat16 rounds off an NF4 weight; and n, where an x is less than 2^-6 of the largest of
-   its eight, because a bfloat16 has 8 bits. Groups are added in float32.
+   The sum of a group is exact: |t| <= 2^14 and |n| < 2^14, so it stays below 2^31. Sums are added in float32. What rounds:
+
+       t / D    by less than 2^-15, of a weight that is 1 at most, and without a common sign, so that errors do not add up
+       n        nothing, of a bfloat16, unless it is 2^-6 or less of the largest of its eight; then its lowest bits
 
    A unit is 64 elements of a row of W under one scale, and has 8 groups; a group is what falls into one of 8 sums of 32
    bits. Which elements those are follows from how codes come to the surface, so each instruction set has an order of its
    own, and x is brought into it once per call:
 
-       x86     words of 4 nibbles; vector j holds nibble j ^ 1 of each (the high nibble of a byte comes first)
-       AVX2    no lookup of 16 bits: bytes, looked up twice and interleaved, 8 from each half of the register
-       NEON    the same with whole registers of 16 bytes; also the order of the scalar path
+       AVX-512  words of 4 nibbles; vector j holds nibble j ^ 1 of each (the high nibble of a byte comes first)
+       AVX2     no lookup of 16 bits: bytes, looked up twice and interleaved, 8 from each half of the register
+       NEON     the same with whole registers of 16 bytes; also the order of the scalar path
 
-   Conditions: as in matmul.c; and a row of x that is not finite goes there. Every y[m][n] is summed in an order that
-   depends on K alone: not on threads, nor on the other rows of x and W. */
+   A row of x that does not suit this goes to matmul.c: one that is not finite, or far from 1 altogether, or has outliers that
+   take too many bits from their neighbours (suits, below). Other conditions are as there. Every y[m][n] is summed in an order
+   that depends on K and that row of x alone: not on threads, nor on the other rows of x and W. */
 
 enum { VECTORS = 4, LANES = 16, GROUPS = 8 }; /* a unit of x: 4 vectors of 16 elements, two of each to a group */
-enum { FRACTION = 14 };
-enum { X_BYTES = 512 * 1024 }; /* of x at a time: half of a small second cache */
+enum { BITS = 14 };            /* of n and of t, their signs apart */
+enum { LEAST_EXPONENT = -60 }; /* e; its square and what is made of it are normal numbers */
+enum { X_BYTES = 512 * 1024 }; /* of x in fixed point at a time: half of a small second cache */
 
 typedef struct {
     const uint8_t *packed;  /* [rows][units][32] */
     const float *scales;    /* [rows][units] */
     const int16_t *table;   /* [32]: the 16 entries twice */
-    const int16_t *x;       /* [pairs][width][VECTORS][2][LANES]: two units at a time, one above the other */
-    const float *x_scales;  /* [pairs][width][2][GROUPS] */
+    const int16_t *const *x;      /* rows, each [pairs][VECTORS][2][LANES]: two units, one above the other, for AVX-512 */
+    const float *const *x_scales; /* each [pairs][2][GROUPS]: 2^(e - 14) */
     int64_t units;
     float sums[ROWS][WIDTH];
 } fixed_pass;
 
-/* Where in its unit element i of vector j stands. */
+/* The order of a level: where in its unit element i of vector j stands; and which two elements of a vector belong to group
+   g, namely one_of(g) and other_of(g). */
 
 INLINE int element_of(int32_t level, int j, int i) {
-    if (level >= AVX512 && level != NEON) return 4 * i + (j ^ 1);
     const int low = j < 2; /* nibbles: first all low ones, then all high ones */
+    if (level == SCALAR || level == NEON) return 2 * (i + 16 * (j % 2)) + low;
     if (level == AVX2) return 2 * (i % 8 + 16 * (i / 8) + 8 * (j % 2)) + low;
-    return 2 * (i + 16 * (j % 2)) + low;
+    return 4 * i + (j ^ 1);
+}
+
+INLINE int one_of(int32_t level, int g) {
+    return level == SCALAR || level == NEON ? g : 2 * g;
+}
+
+INLINE int other_of(int32_t level, int g) {
+    return level == SCALAR || level == NEON ? g + GROUPS : 2 * g + 1;
+}
+
+/* Where in an arranged row of x unit u begins; its vectors are 2 * LANES apart. */
+INLINE int64_t unit_of(int64_t u) {
+    return u / 2 * 2 * UNIT + u % 2 * LANES;
+}
+
+/* The nearest whole number, ties to even, of |x| < 2^15: adding 1.5 * 2^23 leaves it in the low bits. */
+INLINE int16_t nearest(float x) {
+    return (int16_t)bits_of(x + 0x1.8p23f);
 }
 
 /* Scalar. */
@@ -53,8 +75,8 @@ static void fixed_scalar(int rows, int width, fixed_pass *p) {
             float total[GROUPS] = {0};
             for (int64_t u = 0; u < p->units; u++) {
                 const uint8_t *bytes = p->packed + (r * p->units + u) * (UNIT / 2);
-                const int16_t *x = p->x + (u / 2 * width + m) * 2 * UNIT + u % 2 * LANES;
-                const float *x_scales = p->x_scales + ((u / 2 * width + m) * 2 + u % 2) * GROUPS;
+                const int16_t *x = p->x[m] + unit_of(u);
+                const float *x_scales = p->x_scales[m] + u * GROUPS;
                 int32_t sum[GROUPS] = {0};
                 for (int i = 0; i < LANES; i++)
                     for (int half = 0; half < 2; half++) {
@@ -86,8 +108,6 @@ TARGET_AVX2 INLINE void fixed_row_avx2(int r, const int width, fixed_pass *p) {
     __m256 total[WIDTH];
     for (int m = 0; m < width; m++) total[m] = _mm256_setzero_ps();
     for (int64_t u = 0; u < p->units; u++, packed += UNIT / 2) {
-        const int16_t *x = p->x + u / 2 * width * 2 * UNIT + u % 2 * LANES;
-        const float *x_scales = p->x_scales + (u / 2 * width * 2 + u % 2) * GROUPS;
         const __m256i bytes = _mm256_loadu_si256((const __m256i *)packed);
         const __m256i code[2] = {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
         const __m256 scale = _mm256_set1_ps(scales[u]);
@@ -100,10 +120,10 @@ TARGET_AVX2 INLINE void fixed_row_avx2(int r, const int width, fixed_pass *p) {
         for (int m = 0; m < width; m++) {
             __m256i sum = _mm256_setzero_si256();
             for (int j = 0; j < VECTORS; j++) {
-                const __m256i *const n = (const __m256i *)(x + (m * VECTORS + j) * 2 * LANES);
+                const __m256i *const n = (const __m256i *)(p->x[m] + unit_of(u) + j * 2 * LANES);
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w[j], _mm256_load_si256(n)));
             }
-            const __m256 both = _mm256_mul_ps(scale, _mm256_load_ps(x_scales + m * 2 * GROUPS));
+            const __m256 both = _mm256_mul_ps(scale, _mm256_load_ps(p->x_scales[m] + u * GROUPS));
             total[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), both, total[m]);
         }
     }
@@ -133,13 +153,16 @@ TARGET_AVX512 INLINE void fixed_rows_avx512(int first, const int rows, const int
     const __m512i table = _mm512_loadu_si512(p->table);
     const int64_t units = p->units, stride = units * (UNIT / 2);
     const uint8_t *packed = p->packed + first * stride;
-    const float *scales = p->scales + first * units, *x_scales = p->x_scales;
-    const int16_t *x = p->x;
+    const float *scales = p->scales + first * units;
+    const int16_t *x[WIDTH];
+    const float *x_scales[WIDTH];
+    for (int m = 0; m < width; m++) x[m] = p->x[m], x_scales[m] = p->x_scales[m];
     __m512 total[ROWS][WIDTH];
     for (int r = 0; r < rows; r++)
         for (int m = 0; m < width; m++) total[r][m] = _mm512_setzero_ps();
-    for (int64_t u = 0; u < units; u += 2, packed += UNIT, x += width * 2 * UNIT, x_scales += width * 2 * GROUPS) {
+    for (int64_t u = 0; u < units; u += 2, packed += UNIT) {
         const int single = u + 1 == units; /* the upper half of x is then zeros, and so is its scale */
+#pragma GCC unroll 4 /* the sums must stay in registers */
         for (int r = 0; r < rows; r++) {
             __m512i words;
             __m512 scale = _mm512_set1_ps(scales[r * units + u]);
@@ -154,11 +177,12 @@ TARGET_AVX512 INLINE void fixed_rows_avx512(int first, const int rows, const int
             _mm_prefetch((const char *)packed + (r + ROWS) * stride, _MM_HINT_T0);
             __m512i w[VECTORS]; /* the lookup reads 5 bits, and the table stands there twice: nothing is masked off */
             for (int j = 0; j < VECTORS; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
+#pragma GCC unroll 4
             for (int m = 0; m < width; m++) {
-                const int16_t *const n = x + m * 2 * UNIT;
+                const int16_t *const n = x[m] + u * UNIT;
                 __m512i sum = _mm512_madd_epi16(w[0], _mm512_load_si512(n));
                 for (int j = 1; j < VECTORS; j++) sum = add_products(sum, w[j], _mm512_load_si512(n + j * 2 * LANES), vnni);
-                const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(x_scales + m * 2 * GROUPS));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(x_scales[m] + u * GROUPS));
                 total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total[r][m]);
             }
         }
@@ -204,8 +228,6 @@ INLINE void fixed_row_neon(int r, const int width, fixed_pass *p) {
     float32x4_t total[WIDTH][2];
     for (int m = 0; m < width; m++) total[m][0] = total[m][1] = vdupq_n_f32(0.0f);
     for (int64_t u = 0; u < p->units; u++, packed += UNIT / 2) {
-        const int16_t *x = p->x + u / 2 * width * 2 * UNIT + u % 2 * LANES;
-        const float *x_scales = p->x_scales + (u / 2 * width * 2 + u % 2) * GROUPS;
         int16x8_t w[VECTORS][2];
         for (int j = 0; j < VECTORS; j++) {
             const uint8x16_t byte = vld1q_u8(packed + 16 * (j % 2));
@@ -217,12 +239,12 @@ INLINE void fixed_row_neon(int r, const int width, fixed_pass *p) {
             int32x4_t sum[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
             for (int j = 0; j < VECTORS; j++)
                 for (int h = 0; h < 2; h++) {
-                    const int16x8_t n = vld1q_s16(x + (m * VECTORS + j) * 2 * LANES + 8 * h);
+                    const int16x8_t n = vld1q_s16(p->x[m] + unit_of(u) + j * 2 * LANES + 8 * h);
                     sum[0] = vmlal_s16(sum[0], vget_low_s16(w[j][h]), vget_low_s16(n));
                     sum[1] = vmlal_high_s16(sum[1], w[j][h], n);
                 }
             for (int h = 0; h < 2; h++) {
-                const float32x4_t both = vmulq_n_f32(vld1q_f32(x_scales + m * 2 * GROUPS + 4 * h), scales[u]);
+                const float32x4_t both = vmulq_n_f32(vld1q_f32(p->x_scales[m] + u * GROUPS + 4 * h), scales[u]);
                 total[m][h] = vfmaq_f32(total[m][h], vcvtq_f32_s32(sum[h]), both);
             }
         }
@@ -255,105 +277,160 @@ static fixed_function choose_fixed(int32_t level) {
     return fixed_scalar;
 }
 
-/* One unit of a row of x. x: [UNIT]; n: VECTORS vectors, each 2 * LANES behind the one before; order: element_of. */
-static void to_fixed(const uint16_t *x, const uint8_t order[VECTORS][LANES], int32_t level, int16_t *n, float *scales) {
-    float value[VECTORS][LANES], inverse[LANES]; /* 2^(FRACTION - e) */
+/* What decides whether a row suits fixed point. Small is what is less than 2^-4 of the power of two it shares. */
+typedef struct {
+    uint32_t largest; /* magnitude, as bits */
+    float small;      /* sum of squares of what is small */
+    float steps;      /* sum of squares of its steps, 2^(e - 14) */
+} row_facts;
+
+/* One unit of a row of x. x: [UNIT]; n: VECTORS vectors, each 2 * LANES behind the one before. */
+INLINE void to_fixed(const uint16_t *x, const int32_t level, int16_t *n, float *scales, row_facts *facts) {
+    float value[VECTORS][LANES], inverse[LANES] /* 2^(BITS - e) */, small[LANES] = {0}, count[LANES] = {0};
     uint32_t largest[LANES] = {0};
     for (int j = 0; j < VECTORS; j++)
-        for (int i = 0; i < LANES; i++) value[j][i] = float_of((uint32_t)x[order[j][i]] << 16);
+        for (int i = 0; i < LANES; i++) value[j][i] = float_of((uint32_t)x[element_of(level, j, i)] << 16);
     for (int j = 0; j < VECTORS; j++)
         for (int i = 0; i < LANES; i++) { /* of magnitudes that are not negative the bits have the same order */
             const uint32_t magnitude = bits_of(value[j][i]) & 0x7fffffff;
             largest[i] = magnitude > largest[i] ? magnitude : largest[i];
         }
     for (int g = 0; g < GROUPS; g++) {
-        const int one = level == SCALAR || level == NEON ? g : 2 * g, other = level == SCALAR || level == NEON ? g + GROUPS : 2 * g + 1;
-        /* Biased by 127. 2^-98 at least, so that no power of two below leaves the normal numbers. */
-        const uint32_t above = ((largest[one] > largest[other] ? largest[one] : largest[other]) >> 23) + 1;
-        const uint32_t e = above > 29 ? above : 29;
-        inverse[one] = inverse[other] = float_of((254 + FRACTION - e) << 23);
-        scales[g] = float_of((e - 2 * FRACTION) << 23);
+        const int one = one_of(level, g), other = other_of(level, g);
+        const uint32_t most = largest[one] > largest[other] ? largest[one] : largest[other];
+        const int32_t above = (int32_t)(most >> 23) - 127 + 1, e = above > LEAST_EXPONENT ? above : LEAST_EXPONENT;
+        inverse[one] = inverse[other] = power_of_two(BITS - e);
+        scales[g] = power_of_two(e - BITS);
+        facts->largest = most > facts->largest ? most : facts->largest;
     }
     for (int j = 0; j < VECTORS; j++)
-        for (int i = 0; i < LANES; i++) /* adding 1.5 * 2^23 leaves the whole number, rounded to even, in the low bits */
-            n[j * 2 * LANES + i] = (int16_t)bits_of(value[j][i] * inverse[i] + 0x1.8p23f);
-}
-
-/* x: [rows][units][UNIT], all finite. n, scales: as in fixed_pass, for each WIDTH rows. A missing upper unit is zeros. */
-static void arrange_fixed(const uint16_t *x, int64_t rows, int64_t units, int32_t level, int16_t *n, float *scales) {
-    const int64_t pairs = (units + 1) / 2;
-    uint8_t order[VECTORS][LANES];
-    for (int j = 0; j < VECTORS; j++)
-        for (int i = 0; i < LANES; i++) order[j][i] = (uint8_t)element_of(level, j, i);
-    for (int64_t first = 0; first < rows; first += WIDTH) {
-        const int64_t width = least(rows - first, WIDTH);
-        for (int64_t u = 0; u < 2 * pairs; u++)
-            for (int64_t m = 0; m < width; m++) {
-                const int64_t at = first * pairs + u / 2 * width + m;
-                int16_t *const to = n + at * 2 * UNIT + u % 2 * LANES;
-                float *const to_scales = scales + (2 * at + u % 2) * GROUPS;
-                if (u < units) {
-                    to_fixed(x + ((first + m) * units + u) * UNIT, (const uint8_t(*)[LANES])order, level, to, to_scales);
-                    continue;
-                }
-                for (int j = 0; j < VECTORS; j++) memset(to + j * 2 * LANES, 0, LANES * sizeof *to);
-                memset(to_scales, 0, GROUPS * sizeof *to_scales);
-            }
+        for (int i = 0; i < LANES; i++) {
+            const float scaled = value[j][i] * inverse[i], square = scaled * scaled;
+            const int is_small = square < (float)(1 << 2 * (BITS - 4));
+            small[i] += is_small ? square : 0.0f;
+            count[i] += is_small ? 1.0f : 0.0f;
+            n[j * 2 * LANES + i] = nearest(scaled);
+        }
+    for (int g = 0; g < GROUPS; g++) {
+        const int one = one_of(level, g), other = other_of(level, g);
+        const float step = scales[g] * scales[g];
+        facts->small += step * (small[one] + small[other]);
+        facts->steps += step * (count[one] + count[other]);
     }
 }
 
-/* As qlorag_nf4_matmul, for rows of bfloat16 that are all finite. */
-static int32_t matmul_of_finite(const matmul_args *a, const uint16_t *x, uint16_t *y, int64_t rows, int32_t threads) {
-    const int64_t units = a->in_features / UNIT, pairs = (units + 1) / 2;
-    const int64_t n = a->out_features, groups = (n + ROWS - 1) / ROWS, size = rows * pairs * 2 * UNIT * 2;
+/* Whether rounding x to n loses no more than bfloat16 itself, 2^-9, even of what is small, where nothing larger covers it
+   because a row of W is zero there. The square of what rounding takes is a twelfth of the step's, in the mean. (So a row of
+   the identity matrix does not suit.) Magnitudes must be such that no square here leaves the normal numbers. */
+static int suits(const row_facts *f) {
+    if (f->largest == 0) return 1;
+    const int32_t exponent = (int32_t)(f->largest >> 23) - 127;
+    return exponent >= -40 && exponent <= 40 && f->steps / 12.0f * 0x1p18f <= f->small;
+}
+
+/* A row of x, [units][UNIT], in fixed point. A missing last unit is zeros. Returns whether it suits. */
+INLINE int arrange_row(const uint16_t *x, int64_t units, const int32_t level, int16_t *fixed, float *scales) {
+    row_facts facts = {0, 0, 0};
+    for (int64_t u = 0; u < units; u++) to_fixed(x + u * UNIT, level, fixed + unit_of(u), scales + u * GROUPS, &facts);
+    if (units % 2) {
+        for (int j = 0; j < VECTORS; j++) memset(fixed + unit_of(units) + j * 2 * LANES, 0, LANES * sizeof *fixed);
+        memset(scales + units * GROUPS, 0, GROUPS * sizeof *scales);
+    }
+    return suits(&facts);
+}
+
+typedef int (*arrange_function)(const uint16_t *x, int64_t units, int16_t *fixed, float *scales);
+
+static int arrange_plain(const uint16_t *x, int64_t units, int16_t *fixed, float *scales) {
+    return arrange_row(x, units, SCALAR, fixed, scales); /* NEON's order too */
+}
+
+#ifdef X86
+
+TARGET_AVX2 static int arrange_avx2(const uint16_t *x, int64_t units, int16_t *fixed, float *scales) {
+    return arrange_row(x, units, AVX2, fixed, scales);
+}
+
+TARGET_AVX512 static int arrange_avx512(const uint16_t *x, int64_t units, int16_t *fixed, float *scales) {
+    return arrange_row(x, units, AVX512, fixed, scales);
+}
+
+#endif /* X86 */
+
+static arrange_function choose_arrange(int32_t level) {
+#ifdef X86
+    if (level >= AVX512) return arrange_avx512;
+    if (level == AVX2) return arrange_avx2;
+#else
+    (void)level;
+#endif
+    return arrange_plain;
+}
+
+/* Rows of x in fixed point, and where their results go. */
+enum { MAX_ROWS = 256 };
+typedef struct {
+    int64_t count;
+    const int16_t *x[MAX_ROWS];
+    const float *x_scales[MAX_ROWS];
+    uint16_t *y[MAX_ROWS];
+} suited_rows;
+
+static void matmul_of_suited(const matmul_args *a, const suited_rows *rows, int32_t threads) {
+    const int64_t units = a->in_features / UNIT, n = a->out_features, groups = (n + ROWS - 1) / ROWS;
     const fixed_function run = choose_fixed(a->level);
-    const int shift = shift_of(a);
-    uint8_t *const memory = aligned_alloc(64, (size_t)(size + size / 4));
-    if (!memory) return 0;
-    int16_t *const arranged = (int16_t *)memory, table[32];
-    float *const x_scales = (float *)(memory + size);
-    arrange_fixed(x, rows, units, a->level, arranged, x_scales);
-    for (int c = 0; c < 32; c++) table[c] = (int16_t)bits_of(a->w.table[c % 16] * (1 << FRACTION) + 0x1.8p23f);
-    const int parallel = is_worth_threads(a, rows, threads);
+    const int shift = shift_of(a), parallel = is_worth_threads(a, rows->count, threads);
+    const float denominator = (float)a->denominator, inverse = 1 / denominator;
+    int16_t table[32];
+    for (int c = 0; c < 32; c++) table[c] = nearest(a->w.table[c % 16] * denominator);
 #pragma omp parallel for schedule(static) num_threads(threads) if (parallel)
     for (int64_t group = 0; group < groups; group++) {
         const int64_t row = group * ROWS;
         const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
         scales_of_units(a, row * units, count * units, shift, scales);
-        fixed_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, table, arranged, x_scales, units, {{0}}};
-        for (int64_t first = 0; first < rows; first += WIDTH) {
-            const int width = (int)least(rows - first, WIDTH);
+        fixed_pass pass;
+        pass.packed = a->w.packed + row * units * (UNIT / 2);
+        pass.scales = scales;
+        pass.table = table;
+        pass.units = units;
+        for (int64_t first = 0; first < rows->count; first += WIDTH) {
+            const int width = (int)least(rows->count - first, WIDTH);
+            pass.x = rows->x + first;
+            pass.x_scales = rows->x_scales + first;
             run(count, width, &pass);
-            for (int r = 0; r < count; r++)
-                for (int m = 0; m < width; m++) y[(first + m) * n + row + r] = to_bfloat16(pass.sums[r][m]);
-            pass.x += width * pairs * 2 * UNIT;
-            pass.x_scales += width * pairs * 2 * GROUPS;
+            for (int m = 0; m < width; m++)
+                for (int r = 0; r < count; r++) rows->y[first + m][row + r] = to_bfloat16(pass.sums[r][m] * inverse);
         }
     }
-    free(memory);
-    return 1;
 }
 
-static int is_finite(const uint16_t *x, int64_t count) {
-    int found = 0;
-    for (int64_t i = 0; i < count; i++) found |= (x[i] & 0x7f80) == 0x7f80;
-    return !found;
-}
-
-/* As qlorag_nf4_matmul, for bfloat16: each run of rows that are finite here, or are not, in matmul.c. W is read once for
-   as many rows of x as stay in a cache. */
+/* As qlorag_nf4_matmul, for bfloat16. W is read once for as many rows of x as stay in a cache. */
 static int32_t matmul_fixed(const matmul_args *a, const uint16_t *x, uint16_t *y, int64_t rows, int32_t threads) {
-    const int64_t most = (X_BYTES / (2 * a->in_features) + WIDTH) / WIDTH * WIDTH;
-    for (int64_t first = 0, last; first < rows; first = last) {
-        const int64_t end = least(rows, first + most);
-        const int finite = is_finite(x + first * a->in_features, a->in_features);
-        for (last = first + 1; last < end && is_finite(x + last * a->in_features, a->in_features) == finite;) last++;
-        const uint16_t *const from = x + first * a->in_features;
-        uint16_t *const to = y + first * a->out_features;
-        if (!(finite ? matmul_of_finite(a, from, to, last - first, threads)
-                     : matmul_fused(a, from, to, last - first, BFLOAT16, threads)))
-            return 0;
+    const int64_t k = a->in_features, n = a->out_features, units = k / UNIT;
+    const int64_t length = (units + 1) / 2 * 2 * UNIT, scales = (units + 1) / 2 * 2 * GROUPS; /* numbers of a row in fixed point */
+    const int64_t bytes = length * (int64_t)sizeof(int16_t) + scales * (int64_t)sizeof(float); /* both multiples of 64 */
+    const int64_t at_once = least(rows, least(MAX_ROWS, WIDTH * (X_BYTES / bytes / WIDTH + 1)));
+    uint8_t *const memory = aligned_alloc(64, (size_t)(at_once * bytes));
+    if (!memory) return 0;
+    const arrange_function arrange = choose_arrange(a->level);
+    int32_t had_memory = 1;
+    for (int64_t first = 0; first < rows && had_memory; first += at_once) {
+        suited_rows suited;
+        suited.count = 0;
+        for (int64_t m = first; m < least(rows, first + at_once); m++) {
+            int16_t *const fixed = (int16_t *)(memory + (m - first) * bytes);
+            float *const x_scales = (float *)(fixed + length);
+            if (arrange(x + m * k, units, fixed, x_scales)) {
+                suited.x[suited.count] = fixed;
+                suited.x_scales[suited.count] = x_scales;
+                suited.y[suited.count++] = y + m * n;
+            } else {
+                had_memory &= matmul_fused(a, x + m * k, y + m * n, 1, BFLOAT16, threads);
+            }
+        }
+        if (suited.count) matmul_of_suited(a, &suited, threads);
     }
-    return 1;
+    free(memory);
+    return had_memory;
 }

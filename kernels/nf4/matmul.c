@@ -1,5 +1,5 @@
 /* y = x Wᵀ for a few rows of x in float32 or float16, straight from the packed W [N, K]: what writing a text, token by
-   token, consists of. (For bfloat16 see fixed.c.)
+   token, consists of. (For most of bfloat16 see fixed.c.)
 
    The weight is read once and used at once. A decoded copy of it would travel through memory at 4 to 8 times the bytes,
    and the speed of memory is the speed of this operation; so each code is looked up in a register and multiplied there.
@@ -32,7 +32,7 @@ enum { MAX_UNITS = 1024 };              /* in a row of W; cpu.py: MAX_IN_FEATURE
 typedef struct {
     packed_tensor w;
     int64_t out_features, in_features;
-    int32_t level;
+    int32_t level, denominator; /* of table entries in fixed point, for fixed.c */
 } matmul_args;
 
 typedef struct {

@@ -16,6 +16,7 @@ from .checks import FLOATS, Packed, check_absmax, check_block_size, check_out, c
 from .codebook import check_kind
 from .errors import QuantizationError
 from .reference import Nested
+from .tracing import is_traced
 
 
 def quantize(
@@ -69,12 +70,40 @@ def dequantize(
     Returns the result (`out` itself if given).
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
+    if backend is None and out is None and is_traced():
+        from .torch_ops import nf4_dequantize
+
+        parts = (packed, absmax, *(nested or (None, None)))
+        recorded: Tensor = nf4_dequantize(*parts, list(shape), kind, block_size, dtype)
+        return recorded
+    return dequantize_now(
+        packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested, out=out,
+        backend=backend,
+    )  # fmt: skip
+
+
+def dequantize_now(
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    dtype: torch.dtype,
+    nested: Nested | None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`dequantize`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     if dtype not in (*FLOATS, torch.float64):
         raise QuantizationError(f"dtype={dtype}: dequantize gives float32, float16, bfloat16 or float64")
     if out is not None:
         check_out(out, shape, dtype, packed.device)
-    return DEQUANTIZE[choose_backend(packed.device, dtype, backend)](w, dtype, out)
+    result = DEQUANTIZE[choose_backend(packed.device, dtype, backend)](w, dtype, out)
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that autograd notices, should it have kept what was there
+    return result
 
 
 def _dequantize_reference(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:

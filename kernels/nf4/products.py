@@ -6,13 +6,15 @@ many rows the fused product is taken, and the README how they were measured. A p
 any number of rows of bfloat16 straight from the packed weight, forward and backward.
 
 The weight that a product in C multiplies by is the float32 one of `dequantize` for x in float32 and float16. For x in
-bfloat16 it is rounded: to a whole number of 2^-14 of its scale, or, from five rows on a matrix unit on, to bfloat16.
+bfloat16 it is rounded: to 15 bits, for most rows of x (fixed.c), or, from five rows on a matrix unit on, to bfloat16.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from .backends import choose_backend, why_not_c
 from .checks import Packed, check_bias, check_packed, check_x
 from .ops import DEQUANTIZE
 from .reference import Nested
+from .tracing import is_traced
 
 FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 128}
 # On a GPU; not measured. A fused product decodes W once per 128 rows (float32: 32), dequantize and cuBLAS once in all.
@@ -51,6 +54,30 @@ def matmul(
     Returns y [..., N] in the dtype of x. It has no gradient: see quant.QuantizedLinear.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
+    if backend is None and is_traced():
+        from .torch_ops import nf4_matmul
+
+        parts = (packed, absmax, *(nested or (None, None)))
+        recorded: Tensor = nf4_matmul(x, *parts, shape[0], kind, block_size)
+        return recorded if bias is None else recorded + bias
+    return matmul_now(
+        x, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested, bias=bias, backend=backend
+    )
+
+
+def matmul_now(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    nested: Nested | None,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`matmul`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(x, shape, packed.device)
     check_bias(bias, shape[0], x)
@@ -63,7 +90,8 @@ def matmul(
     elif chosen == "c":
         y = cpu.Matmul(w)(x.contiguous())
     else:
-        return F.linear(x, _decode(w, x.dtype), bias)
+        with _without_autocast(x.device):
+            return F.linear(x, _decode(w, x.dtype), bias)
     return y if bias is None else y.add_(bias)
 
 
@@ -87,6 +115,29 @@ def matmul_backward(
     Returns dx [..., K] in the dtype of dy.
     Raises QuantizationError: an argument that does not fit, or a named backend that cannot run.
     """
+    if backend is None and is_traced():
+        from .torch_ops import nf4_matmul_backward
+
+        parts = (packed, absmax, *(nested or (None, None)))
+        recorded: Tensor = nf4_matmul_backward(dy, *parts, shape[1], kind, block_size)
+        return recorded
+    return matmul_backward_now(
+        dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested, backend=backend
+    )
+
+
+def matmul_backward_now(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    *,
+    shape: Sequence[int],
+    kind: str,
+    block_size: int,
+    nested: Nested | None,
+    backend: str | None = None,
+) -> Tensor:
+    """`matmul_backward`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
     obstacles = {
@@ -100,7 +151,13 @@ def matmul_backward(
         return gpu.matmul_backward(dy, w)
     if chosen == "c":
         return cpu.Matmul(w).backward(dy.contiguous())
-    return dy @ _decode(w, dy.dtype)
+    with _without_autocast(dy.device):
+        return dy @ _decode(w, dy.dtype)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtype of x was the caller's choice, and the result has it whichever backend runs."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _decode(w: Packed, dtype: torch.dtype) -> Tensor:

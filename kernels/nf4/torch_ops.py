@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import dequantize
-from .products import matmul, matmul_backward
+from .ops import dequantize_now
+from .products import matmul_backward_now, matmul_now
 from .reference import Nested
 
 NAMESPACE = __name__.split(".")[0]
@@ -36,7 +36,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     nested = _nested(nested_absmax, nested_offset)
-    return dequantize(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested)
+    return dequantize_now(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested)
 
 
 def _matmul(
@@ -50,7 +50,7 @@ def _matmul(
     block_size: int,
 ) -> Tensor:
     nested, shape = _nested(nested_absmax, nested_offset), (out_features, x.shape[-1])
-    return matmul(x.detach(), packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+    return matmul_now(x.detach(), packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
 
 
 def _matmul_backward(
@@ -65,7 +65,7 @@ def _matmul_backward(
 ) -> Tensor:
     nested, shape = _nested(nested_absmax, nested_offset), (dy.shape[-1], in_features)
     dy = dy.detach().contiguous()
-    return matmul_backward(dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+    return matmul_backward_now(dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
 
 
 nf4_dequantize = torch.library.custom_op(

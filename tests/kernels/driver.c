@@ -21,7 +21,7 @@ enum { ABSENT, INPUT, OUTPUT };
 enum { BUFFERS = 8 };
 
 typedef struct {
-    int64_t operation, level, dtype, threads, stream, block_size, numel, out_features, in_features, rows;
+    int64_t operation, level, dtype, threads, stream, block_size, numel, out_features, in_features, rows, denominator;
 } call;
 
 static void stop(const char *why) {
@@ -89,7 +89,7 @@ static int64_t run(const call *c, void *const *b) {
         qlorag_nf4_quantize_absmax(b[0], b[1], b[2], c->numel, b[3], b[4]);
         return 0;
     }
-    const matmul_args args = {q, c->out_features, c->in_features, level};
+    const matmul_args args = {q, c->out_features, c->in_features, level, (int32_t)c->denominator};
     if (c->operation == MATMUL_BACKWARD) return qlorag_nf4_matmul_backward(&args, b[6], b[7], c->rows, threads);
     if (c->operation != MATMUL) stop("no such operation");
     return qlorag_nf4_matmul(&args, b[6], b[7], c->rows, dtype, threads);

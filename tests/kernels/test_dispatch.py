@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from qlorag.kernels import dispatch
+from qlorag.kernels.cross_entropy import linear_cross_entropy
+from qlorag.kernels.lora import add_lora
+from qlorag.kernels.rms_norm import rms_norm
+from qlorag.kernels.rope import rope
+from qlorag.kernels.swiglu import swiglu
 from torch import Tensor
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -105,3 +110,19 @@ def test_tensors_on_two_devices_are_named() -> None:
     dispatch.check_together(x=torch.zeros(1), y=torch.zeros(2))
     with pytest.raises(ValueError, match="y is on meta, x on cpu: move them together"):
         dispatch.check_together(x=torch.zeros(1), y=torch.zeros(2, device="meta"))
+
+
+def test_whole_numbers_are_refused_by_every_operation() -> None:
+    whole, floats = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"^x is torch.int64: wanted float32, float16, bfloat16 or float64$"):
+        rms_norm(whole, torch.ones(4), eps=1e-6)
+    with pytest.raises(ValueError, match=r"^weight is torch.int64: wanted"):
+        rms_norm(floats, torch.ones(4, dtype=torch.int64), eps=1e-6)
+    with pytest.raises(ValueError, match=r"^cos is torch.int64: wanted"):
+        rope(floats, whole, whole)
+    with pytest.raises(ValueError, match=r"^gate is torch.complex64: wanted"):
+        swiglu(floats.to(torch.complex64), floats.to(torch.complex64))
+    with pytest.raises(ValueError, match=r"^lora_A is torch.int64: wanted"):
+        add_lora(floats, floats, whole, torch.ones(4, 2), scaling=1.0)
+    with pytest.raises(ValueError, match=r"^hidden is torch.int64: wanted"):
+        linear_cross_entropy(whole, whole, torch.zeros(2, dtype=torch.int64))

@@ -95,6 +95,17 @@ def test_nf4_codes_are_equally_likely_for_normal_weights():
     assert share.min() > 0.01 and share.max() < 0.11  # an even 4-bit grid puts 0.19 on its middle codes
 
 
+def test_denominators_of_fixed_point():
+    """Each entry to 15 bits, and no common error that a sum would collect; FP4 has none at all."""
+    for kind, most, common in (("nf4", 2.0**-15, 4e-7), ("fp4", 3e-8, 1e-8)):
+        denominator, table = codebook.DENOMINATORS[kind], torch.tensor(codebook.TABLES[kind], dtype=torch.float64)
+        errors = (table * denominator).round() / denominator - table
+        packed, _ = nf4.quantize(torch.randn(2**20, generator=torch.Generator().manual_seed(0)), kind=kind)
+        used = torch.cat([packed >> 4, packed & 15]).long()
+        assert denominator <= 2**14 and errors.abs().max() < most
+        assert errors.mean().abs() < common and errors[used].mean().abs() < common
+
+
 def test_thresholds_and_their_ties():
     bounds, codes = codebook.thresholds("nf4", CPU)
     assert torch.equal(bounds, torch.tensor(NF4_THRESHOLDS))
@@ -441,12 +452,38 @@ U8, ONE, HALF = torch.zeros(2, dtype=torch.uint8), torch.ones(1), torch.float16
         ),
         ({"out": torch.zeros(100)}, r"out is torch.float32 \[100\] on cpu: wanted torch.float32 \[10, 10\]"),
         ({"out": torch.zeros(10, 20)[:, ::2]}, "out is not contiguous"),
+        ({"out": torch.zeros(10, 10, requires_grad=True)}, "out requires a gradient"),
         ({"kind": "nf8"}, "kind='nf8'"),
+        ({"kind": ["nf4"]}, r"kind=\['nf4'\] is not a 4-bit code"),
+        ({"packed": None}, "packed is None: wanted a torch.uint8 tensor of 50"),
+        ({"absmax": None}, "absmax is None: wanted a torch.float32 tensor of 2"),
+        ({"absmax": U8, "nested": Nested(ONE, None)}, "nested.offset is None: wanted a torch.float32 tensor of 1"),
+        ({"absmax": U8, "nested": Nested(None, ONE)}, "nested.absmax is None: wanted a torch.float32 tensor of 1"),
+        ({"absmax": U8, "nested": Nested(ONE, 1.0)}, "nested.offset is 1.0: wanted"),
+        ({"block_size": 64.0}, "block_size=64.0: use one of"),
+        ({"shape": 100}, "shape=100: wanted a tuple of whole numbers"),
+        ({"shape": (10.0, 10.0)}, r"shape=\(10.0, 10.0\): wanted a tuple of whole numbers"),
+        ({"shape": "ab"}, "shape='ab': wanted a tuple of whole numbers"),
     ],
 )
 def test_dequantize_refuses(changed, message, backend):
     with pytest.raises(QuantizationError, match=message):
         nf4.dequantize(**{**GOOD, **changed}, backend=backend)
+
+
+def test_autograd_notices_what_is_written_into_out():
+    out, x = torch.ones(10, 10), torch.ones(10, 10, requires_grad=True)
+    y = (x * out).sum()  # keeps out for the gradient of x
+    nf4.dequantize(**GOOD, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():  # tensors of which no version is kept
+        nf4.dequantize(**GOOD, out=torch.ones(10, 10))
+
+
+def test_a_scalar_comes_back():
+    packed, absmax = nf4.quantize(torch.tensor(1.5))
+    assert nf4.dequantize(packed, absmax, shape=()).item() == 1.5
 
 
 def test_a_named_backend_that_cannot_run_says_why():

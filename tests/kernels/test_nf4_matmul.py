@@ -30,7 +30,7 @@ def packed_weight(n, k, *, kind="nf4", block_size=64, double_quant=True, seed=0)
     return {"packed": packed, "absmax": absmax, **options}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_the_identity_gives_the_weight_itself(level, poisoned, kind, dtype):
     """x = I: every weight, each in its place, multiplied by 1 and added to zeros, so nothing is rounded."""
@@ -163,52 +163,88 @@ def test_a_prepared_product_keeps_its_weight_alive():
     assert torch.equal(product(x), expected)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(1, 64 * 20_000),
+        torch.ones(()),
+        torch.ones(1, 64, dtype=torch.float64),
+        torch.ones(1, 64, device="meta"),
+        torch.ones(64, 2).T,
+    ],
+    ids=lambda x: f"{list(x.shape)}-{x.dtype}-{x.device}",
+)
+def test_a_prepared_product_refuses(x):
+    product = nf4.prepare_matmul(**packed_weight(33, 64))
+    assert product is not None
+    with pytest.raises(
+        QuantizationError, match=r"x is torch.*: wanted float32, float16 or bfloat16 \[..., 64\] on cpu"
+    ):
+        product(x)
+    with pytest.raises(QuantizationError, match=r"dy is torch.*: wanted bfloat16 \[..., 33\] on cpu"):
+        product.backward(torch.ones(1, 64))
+
+
 # A few rows of bfloat16 (fixed.c): a weight is round(2^14 table[code]) / 2^14 times its scale.
 
 FEW = 4  # rows: from 5 on the matrix unit takes over, where there is one
 
 
-@pytest.mark.parametrize(("kind", "largest"), [("nf4", 0xFF), ("fp4", 0x33)])  # two codes of 1
-def test_in_fixed_point_the_identity_gives_the_weight_to_15_bits(level, poisoned, kind, largest):
-    for block_size, k, double_quant in itertools.product(BLOCK_SIZES[1:], (64, 192, 576), (True, False)):
-        w = packed_weight(7, k, kind=kind, block_size=block_size, double_quant=double_quant)
-        eye = torch.eye(k).bfloat16()
-        y = torch.cat([nf4.matmul(rows, **w, backend="c") for rows in eye.split(FEW)]).T
-        exact = nf4.dequantize(**w, backend="reference")
-        scales = nf4.dequantize(**{**w, "packed": torch.full_like(w["packed"], largest)}, backend="reference")
-        rounded = exact.abs() * 2.0**-8 + scales * 2.0**-15  # to bfloat16; to whole numbers
-        assert ((y.float() - exact).abs() <= rounded).all()
-
-
-@pytest.mark.parametrize("k", [64, 192, 576, 1024, 4096])
-def test_in_fixed_point_a_result_is_the_float32_one_but_for_a_rounding(level, k):
-    """8 elements of x share a power of two, so neither outliers nor small numbers elsewhere take bits from them."""
-    w, random = packed_weight(301, k), generator(k)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("k", [64, 192, 576, 1024, 4096, 16384])
+def test_in_fixed_point_a_result_is_the_float32_one_but_for_a_rounding(level, kind, k):
+    w, random = packed_weight(301, k, kind=kind), generator(k)
     x = torch.randn(FEW, k, generator=random)
     x[1] *= 10.0 ** torch.randint(-6, 7, (k // 64,), generator=random).repeat_interleave(64)
     x[2, :: k // 8] *= 1e3
+    x[3] = x[3].abs()  # what the errors have in common adds up
     x = x.bfloat16()
     exact = x.double() @ nf4.dequantize(**w, dtype=torch.float64).T
     y = nf4.matmul(x, **w, backend="c")
     differs = y != nf4.matmul(x.float(), **w, backend="c").bfloat16()
-    assert differs.float().mean() < 0.05  # close to the middle of two bfloat16 numbers
+    assert differs[:3].float().mean() < 0.04  # close to the middle of two bfloat16 numbers
+    assert differs[3].float().mean() < 0.1
     assert (y - exact).norm(dim=1).le(2.0**-8 * exact.norm(dim=1)).all()
 
 
+def test_in_fixed_point_outliers_take_nothing_from_their_neighbours(level):
+    """Eight elements share a power of two. A row that loses by it is multiplied in float32."""
+    w, random = packed_weight(101, 576), generator()
+    w["packed"].view(101, 288)[:, 100::40] = 0x77  # weights of 0
+    x = torch.randn(FEW, 576, generator=random).bfloat16()
+    places = torch.arange(200, 576, 80)
+    places = torch.cat([places, places + 1])
+    x[:, places] = 0
+    before = nf4.matmul(x, **w, backend="c").double()
+    for size in (2.0, 1e1, 1e2, 1e3, 1e4, 1e6, 1e12, 1e30):
+        x[:, places] = size
+        after = nf4.matmul(x, **w, backend="c").double()
+        assert (after - before).norm() <= 2e-3 * before.norm(), size
+
+
+def test_in_fixed_point_small_results_survive_a_processor_without_subnormal_numbers(level):
+    """Nothing on the way is much smaller than x, w and y."""
+    w = packed_weight(1024, 1024)
+    x = (torch.randn(1, 1024, generator=generator()) * 2.0**-90).bfloat16()
+    y = nf4.matmul(x, **w, backend="c")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot go without")
+    try:
+        assert torch.equal(nf4.matmul(x, **w, backend="c"), y)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (y / 2.0**-90 - nf4.matmul(x.float() / 2.0**-90, **w, backend="c")).abs().max() < 0.5
+
+
 def test_in_fixed_point_every_power_of_two(level):
-    """Sums reach from the smallest normal number to infinity; an x below 2^-113 beside nothing larger counts as 0."""
-    w = packed_weight(4, 192, double_quant=False)
-    w["absmax"].fill_(1.0)
-    w["packed"].fill_(0xFF)  # every weight is 1
-    for power in range(-126, 128):
-        x = torch.zeros(1, 192)
-        x[0, (7 * power) % 192] = 1.9921875 * 2.0**power  # all 8 bits are ones
-        x = x.bfloat16()
-        y = nf4.matmul(x, **w, backend="c")
-        if power >= -105:
-            assert torch.equal(y, x.sum().expand(1, 4))
-        else:
-            assert ((y - x.sum()).abs() <= 2.0**-113).all()
+    """Beyond 2^-40 and 2^40 a row is multiplied in float32, without a step between the two."""
+    w = packed_weight(9, 192)
+    x = torch.randn(FEW, 192, generator=generator()).bfloat16()
+    y = nf4.matmul(x, **w, backend="c")
+    for power in range(-110, 110):
+        scaled = nf4.matmul(x * 2.0**power, **w, backend="c") / 2.0**power
+        assert (scaled != y).float().mean() < 0.15 if abs(power) > 35 else torch.equal(scaled, y), power
+        torch.testing.assert_close(scaled, y, rtol=2.0**-7, atol=0)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

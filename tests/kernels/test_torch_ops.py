@@ -9,6 +9,8 @@ from qlorag.kernels.nf4 import torch_ops
 from qlorag.lora import LoRAConfig, attach
 from qlorag.quant import QuantizedLinear, quantize_linears
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def generator(seed=0):
@@ -32,6 +34,56 @@ def test_opcheck(double_quant):
     torch.library.opcheck(torch_ops.nf4_dequantize, (*weight, [48, 64], "nf4", 64, torch.bfloat16))
     torch.library.opcheck(torch_ops.nf4_matmul, (x, *weight, 48, "nf4", 64))
     torch.library.opcheck(torch_ops.nf4_matmul_backward, (dy, *weight, 64, "nf4", 64))
+
+
+def run_all(x, dy, w):
+    options = {"shape": (48, 64), "nested": nf4.Nested(*w[2:])}
+    decoded = nf4.dequantize(*w[:2], **options)
+    return decoded, nf4.matmul(x, *w[:2], **options), nf4.matmul_backward(dy, *w[:2], **options)
+
+
+def test_the_operations_compile_into_one_graph():
+    w = parts(48, 64, double_quant=True)
+    x, dy = torch.randn(3, 64, generator=generator()), torch.randn(3, 48, generator=generator())
+    compiled = torch.compile(run_all, fullgraph=True, backend="aot_eager")(x, dy, w)
+    assert all(map(torch.equal, compiled, run_all(x, dy, w)))
+
+
+@pytest.mark.parametrize("rows", [2, 500])
+def test_tracers_record_the_operation(rows):
+    """And not the memory that C wrote its result into."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 48)).requires_grad_(False)
+    w = parts(48, 64, double_quant=True)
+    one, other = torch.randn(2, rows, 64, generator=generator())
+    dy = torch.randn(rows, 48, generator=generator())
+    for f in (layer, lambda x: torch.cat([y.flatten() for y in run_all(x, dy, w)])):
+        for traced in (torch.jit.trace(f, one, check_trace=False), make_fx(f)(one)):
+            assert torch.equal(traced(other), f(other))
+
+
+def test_fake_tensors():
+    """They have no memory: either the operation is one of torch's, or it refuses."""
+    layer, w = QuantizedLinear.from_linear(nn.Linear(64, 48)), parts(48, 64, double_quant=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, dy = torch.randn(3, 64), torch.randn(3, 48)
+        assert [tuple(y.shape) for y in (*run_all(x, dy, w), layer(x))] == [(48, 64), (3, 48), (3, 64), (3, 48)]
+        for call in (
+            lambda: nf4.quantize(torch.randn(64)),
+            lambda: nf4.dequantize(*w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), out=torch.empty(48, 64)),
+            lambda: nf4.matmul(x, *w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), backend="c"),
+        ):
+            with pytest.raises(nf4.QuantizationError, match=r"has no memory \(a fake or traced one\?\)"):
+                call()
+
+
+@pytest.mark.parametrize("rows", [2, 500])
+def test_autocast_leaves_the_dtype_of_a_product_to_x(rows):
+    """A layer follows autocast; the operation does as it is told, however many rows there are."""
+    w = parts(48, 64, double_quant=True)
+    x, dy = torch.randn(rows, 64, generator=generator()), torch.randn(rows, 48, generator=generator())
+    expected = run_all(x, dy, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, run_all(x, dy, w), expected))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

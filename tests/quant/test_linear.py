@@ -237,8 +237,18 @@ def test_state_dict_round_trip():
     assert torch.equal(one.dequantize(), other.dequantize())
     plain = layer(double_quant=False)
     assert sorted(plain.state_dict()) == ["absmax", "bias", "packed"]
-    with pytest.raises(RuntimeError, match="nested_absmax"):
+    with pytest.raises(RuntimeError, match=r"absmax is torch.uint8, wanted torch.float32"):
         plain.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_another_dtype_is_refused_and_nothing_is_lost(strict):
+    """Copied, float scales would become the whole number 0."""
+    double, plain = layer(), layer(double_quant=False)
+    before = digest(double)
+    with pytest.raises(RuntimeError, match=r"absmax is torch.float32, wanted torch.uint8: it comes from a layer that"):
+        double.load_state_dict(plain.state_dict(), strict=strict)
+    assert digest(double) == before
 
 
 def test_frozen_means_frozen():
@@ -276,8 +286,20 @@ def test_from_quantized_shares_the_tensors():
 
 
 def test_bad_input():
-    with pytest.raises(QuantizationError, match=r"x is \[..., 47\]: wanted \[..., 48\]"):
-        layer()(torch.zeros(2, 47))
+    for x, message in (
+        (torch.zeros(2, 47), r"x is \[2, 47\]: wanted \[..., 48\]"),
+        (torch.zeros(()), r"x is \[\]: wanted \[..., 48\]"),
+        (torch.zeros(2, 48, device="meta"), "x is on meta, the weight on cpu: move them together"),
+        (torch.zeros(0, 48, dtype=torch.int64), "x is torch.int64: wanted float32"),
+    ):
+        with pytest.raises(QuantizationError, match=message):
+            layer()(x)
+    assert layer()(torch.zeros(0, 48, dtype=torch.float64)).dtype == torch.float64
+    changed = layer(64)
+    changed(torch.zeros(1, 64))
+    changed.block_size = 48
+    with pytest.raises(QuantizationError, match="block_size=48"):  # though the product had been prepared
+        changed(torch.zeros(1, 64))
     q = quantize(torch.ones(2, 3, 4))
     with pytest.raises(QuantizationError, match=r"shape \[N, K\], got \[2, 3, 4\]"):
         QuantizedLinear(q)

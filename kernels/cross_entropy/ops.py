@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import check_together, choose_backend
-from . import rows, slices
+from ..dispatch import choose_backend
+from . import rows, slices, torch_ops
+from .checks import check_arguments, check_labels
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
@@ -31,20 +32,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, back
     Returns a scalar, float32 (float64 for float64 inputs). n = 0 gives 0.
     Raises ValueError: shapes or dtypes do not fit, a label is outside the vocabulary, or a named backend cannot run.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)}, wanted [n, D] and [V, D]")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}, wanted one dtype")
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels {labels.dtype} {list(labels.shape)}, wanted int64, one for each of {len(hidden)} rows"
-        )
-    check_together(hidden=hidden, weight=weight, labels=labels)
-    least, most = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-    if least < 0 or most >= weight.shape[0]:
-        raise ValueError(
-            f"labels go from {least} to {most}, wanted 0 to {weight.shape[0] - 1}: leave out rows without a label"
-        )
+    check_arguments(hidden, weight, labels)
+    if backend is None and torch.compiler.is_compiling():
+        wants_h, wants_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+        loss: Tensor = torch_ops.loss_and_gradients(hidden, weight, labels, wants_h, wants_w)[0]
+        return loss
+    check_labels(labels, weight.shape[0])
     on_gpu = choose_backend(hidden, backend) == "triton"
     out: Tensor = LinearCrossEntropy.apply(hidden, weight, labels.contiguous(), on_gpu)  # type: ignore[no-untyped-call]
     return out

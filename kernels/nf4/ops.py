@@ -30,6 +30,16 @@ def quantize(
     Raises QuantizationError: wrong dtype, empty, not finite, no such kind or block_size, or a named backend
         that cannot run.
     """
+    if backend is None and is_traced():
+        from .torch_ops import nf4_quantize
+
+        recorded: tuple[Tensor, Tensor] = nf4_quantize(w.detach(), kind, block_size)
+        return recorded
+    return quantize_now(w, kind=kind, block_size=block_size, backend=backend)
+
+
+def quantize_now(w: Tensor, *, kind: str, block_size: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize`, whoever looks on."""
     known = check_kind(kind)
     check_block_size(block_size)
     check_weight(w)
@@ -42,6 +52,16 @@ def quantize_absmax(absmax: Tensor, *, backend: str | None = None) -> tuple[Tens
     absmax: float32 [blocks], contiguous. Returns codes uint8 [blocks] and Nested.
     Raises QuantizationError: wrong dtype or shape, not finite, or a named backend that cannot run.
     """
+    if backend is None and is_traced():
+        from .torch_ops import nf4_quantize_absmax
+
+        codes, *nested = nf4_quantize_absmax(absmax.detach())
+        return codes, Nested(*nested)
+    return quantize_absmax_now(absmax, backend=backend)
+
+
+def quantize_absmax_now(absmax: Tensor, *, backend: str | None = None) -> tuple[Tensor, Nested]:
+    """`quantize_absmax`, whoever looks on."""
     check_absmax(absmax)
     return QUANTIZE_ABSMAX[choose_backend(absmax.device, absmax.dtype, backend)](absmax)
 

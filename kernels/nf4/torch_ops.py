@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import dequantize_now
+from .checks import check_absmax, check_block_size, check_weight
+from .ops import dequantize_now, quantize_absmax_now, quantize_now
 from .products import matmul_backward_now, matmul_now
-from .reference import Nested
+from .reference import NESTED_BLOCK_SIZE, Nested
 
 NAMESPACE = __name__.split(".")[0]
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
@@ -23,6 +24,15 @@ _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_o
 
 def _nested(absmax: Tensor | None, offset: Tensor | None) -> Nested | None:
     return None if absmax is None or offset is None else Nested(absmax, offset)
+
+
+def _quantize(w: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
+    return quantize_now(w, kind=kind, block_size=block_size)
+
+
+def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, nested = quantize_absmax_now(absmax)
+    return codes, *nested
 
 
 def _dequantize(
@@ -68,6 +78,18 @@ def _matmul_backward(
     return matmul_backward_now(dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
 
 
+nf4_quantize = torch.library.custom_op(
+    f"{NAMESPACE}::nf4_quantize",
+    _quantize,
+    mutates_args=(),
+    schema="(Tensor w, str kind, int block_size) -> (Tensor, Tensor)",
+)
+nf4_quantize_absmax = torch.library.custom_op(
+    f"{NAMESPACE}::nf4_quantize_absmax",
+    _quantize_absmax,
+    mutates_args=(),
+    schema="(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+)
 nf4_dequantize = torch.library.custom_op(
     f"{NAMESPACE}::nf4_dequantize",
     _dequantize,
@@ -86,6 +108,21 @@ nf4_matmul_backward = torch.library.custom_op(
     mutates_args=(),
     schema=f"(Tensor dy, {_WEIGHT}, SymInt in_features, str kind, int block_size) -> Tensor",
 )
+
+
+@nf4_quantize.register_fake
+def _(w, kind, block_size):  # type: ignore[no-untyped-def]
+    check_block_size(block_size)
+    check_weight(w)
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    return packed, w.new_empty(-(-w.numel() // block_size), dtype=torch.float32)
+
+
+@nf4_quantize_absmax.register_fake
+def _(absmax):  # type: ignore[no-untyped-def]
+    check_absmax(absmax)
+    codes = absmax.new_empty(absmax.numel(), dtype=torch.uint8)
+    return codes, absmax.new_empty(-(-absmax.numel() // NESTED_BLOCK_SIZE)), absmax.new_empty(())
 
 
 @nf4_dequantize.register_fake

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from qlorag.kernels.cross_entropy import linear_cross_entropy, slices
+from qlorag.kernels.cross_entropy import linear_cross_entropy, slices, torch_ops
 from qlorag.kernels.cross_entropy.reference import linear_cross_entropy as reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -229,3 +229,30 @@ def test_a_backend_that_cannot_run_is_named():
         linear_cross_entropy(h, w, labels, backend="triton")
     with pytest.raises(ValueError, match="backend='c' does not exist"):
         linear_cross_entropy(h, w, labels, backend="c")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True), (False, False)])
+def test_it_compiles_into_one_graph(wants, dtype):
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=random).to(dtype) for n in (5, 300))
+    labels = torch.randint(0, 300, (5,), generator=random)
+
+    def run(loss):
+        inputs = [t.clone().requires_grad_(w) for t, w in zip((hidden, weight), wants, strict=True)]
+        value = loss(*inputs, labels) * 2
+        if any(wants):
+            value.backward()
+        return [value, *(t.grad for t in inputs if t.grad is not None)]
+
+    compiled = run(torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager"))
+    assert len(compiled) == 1 + sum(wants) and all(map(torch.equal, compiled, run(linear_cross_entropy)))
+    with pytest.raises(ValueError, match="labels go from 0 to 300"):
+        torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")(
+            hidden, weight, torch.tensor([0, 1, 2, 3, 300])
+        )
+
+
+def test_opcheck():
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+    torch.library.opcheck(torch_ops.loss_and_gradients, (hidden, weight, torch.arange(5), True, True))

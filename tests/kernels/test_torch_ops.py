@@ -31,9 +31,24 @@ def test_opcheck(double_quant):
     weight = parts(48, 64, double_quant=double_quant)
     x = torch.randn(3, 64, generator=generator(), requires_grad=True)
     dy = torch.randn(3, 48, generator=generator())
+    torch.library.opcheck(torch_ops.nf4_quantize, (x.detach(), "nf4", 64))
+    torch.library.opcheck(torch_ops.nf4_quantize_absmax, (torch.rand(300, generator=generator()),))
     torch.library.opcheck(torch_ops.nf4_dequantize, (*weight, [48, 64], "nf4", 64, torch.bfloat16))
     torch.library.opcheck(torch_ops.nf4_matmul, (x, *weight, 48, "nf4", 64))
     torch.library.opcheck(torch_ops.nf4_matmul_backward, (dy, *weight, 64, "nf4", 64))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantizing_compiles_into_one_graph(double_quant):
+    def run(w):
+        packed, absmax = nf4.quantize(w)
+        if not double_quant:
+            return nf4.dequantize(packed, absmax, shape=w.shape)
+        codes, nested = nf4.quantize_absmax(absmax)
+        return nf4.dequantize(packed, codes, shape=w.shape, nested=nested)
+
+    w = torch.randn(30, 77, generator=generator())
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(w), run(w))
 
 
 def run_all(x, dy, w):
@@ -67,8 +82,11 @@ def test_fake_tensors():
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, dy = torch.randn(3, 64), torch.randn(3, 48)
         assert [tuple(y.shape) for y in (*run_all(x, dy, w), layer(x))] == [(48, 64), (3, 48), (3, 64), (3, 48)]
+        packed, absmax = nf4.quantize(torch.randn(30, 77))
+        codes, nested = nf4.quantize_absmax(absmax)
+        assert [t.numel() for t in (packed, absmax, codes, *nested)] == [1155, 37, 37, 1, 1]
         for call in (
-            lambda: nf4.quantize(torch.randn(64)),
+            lambda: nf4.quantize(torch.randn(64), backend="c"),
             lambda: nf4.dequantize(*w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), out=torch.empty(48, 64)),
             lambda: nf4.matmul(x, *w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), backend="c"),
         ):

@@ -100,21 +100,22 @@ def test_hnsw_finds_the_same_with_the_same_scores(built, caplog):
 def test_low_ef_recall_is_that_of_hnswlib_itself(tmp_path):
     """With a graph this thin, misses are expected: as many as from hnswlib used directly."""
     hnswlib = pytest.importorskip("hnswlib")
-    with open_(tmp_path / "store", hnsw=HnswConfig(M=4, ef_construction=8, ef=1)) as store:
+    with open_(tmp_path / "store", hnsw=HnswConfig(M=6, ef_construction=12, ef=1)) as store:
         store.add(documents(0, 2 * N))
     exact = exact_answers_with(tmp_path / "store")
-    ours = recall(answers(tmp_path / "store", hnsw=HnswConfig(M=4, ef_construction=8, ef=1)), exact)
+    ours = recall(answers(tmp_path / "store", hnsw=HnswConfig(M=6, ef_construction=12, ef=1)), exact)
     raw = hnswlib.Index(space="cosine", dim=D)
-    raw.init_index(2 * N, M=4, ef_construction=8)
+    raw.init_index(2 * N, M=6, ef_construction=12)
     raw.add_items(VECTORS, np.arange(1, 2 * N + 1))
     raw.set_ef(10 + 16)  # the store asks for k + 16
     labels = raw.knn_query(QUERIES, k=10)[0]
     theirs = recall([[(int(i), 0.0) for i in row] for row in labels], exact)
-    assert ours >= theirs - 0.1  # two random graphs
+    # Rows are added by several threads, so a graph is a random one: 0.90 to 0.97 in 40 of them.
+    assert ours >= theirs - 0.1
 
 
 def exact_answers_with(path):
-    return answers(path, exact_below=10**9, hnsw=HnswConfig(M=4, ef_construction=8, ef=1))
+    return answers(path, exact_below=10**9, hnsw=HnswConfig(M=6, ef_construction=12, ef=1))
 
 
 def test_vectors_are_read_in_batches(copy, monkeypatch):

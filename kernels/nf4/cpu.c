@@ -7,6 +7,7 @@
 #include "dequantize.c"
 #include "quantize.c"
 #include "matmul.c"
+#include "fixed_x.c"
 #include "fixed.c"
 #include "amx.c"
 #include "amx_backward.c"

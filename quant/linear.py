@@ -67,7 +67,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
         ctx.meta, ctx.fused = meta, fused
         if fused is not None:
-            return _add(fused(x.contiguous()), bias)
+            return _add(fused(x.resolve_neg().contiguous()), bias)
         return _product(x, QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), bias)
 
     @staticmethod
@@ -77,7 +77,7 @@ class _QuantizedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             parts = ctx.saved_tensors
             if ctx.fused is not None and ctx.fused.has_backward(dy.dtype) and ctx.fused.is_over(*parts):
-                dx = ctx.fused.backward(dy.contiguous())
+                dx = ctx.fused.backward(dy.resolve_neg().contiguous())
             else:
                 dx = _product_backward(dy, QuantizedTensor(*parts, *ctx.meta))
         if ctx.needs_input_grad[1]:
@@ -168,7 +168,7 @@ class QuantizedLinear(nn.Module):
 
     def _forward_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
         fused = self._fused_for(x)
-        return _product(x, self.quantized, bias) if fused is None else _add(fused(x.contiguous()), bias)
+        return _product(x, self.quantized, bias) if fused is None else _add(fused(x.resolve_neg().contiguous()), bias)
 
     def _fused_for(self, x: Tensor) -> nf4.Matmul | None:
         """The fused product, if it is the one to take for so many rows."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import choose_backend
+from ..dispatch import choose_backend, without_autocast
 from . import rows, slices, torch_ops
 from .checks import check_arguments, check_labels
 
@@ -51,7 +51,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Hidden [n, D], weight [V, D], labels [n] -> L []."""
         wants_h, wants_w = ctx.needs_input_grad[:2]
         compute = rows.loss_and_gradients if on_gpu else slices.loss_and_gradients
-        loss, dh, dw = compute(hidden, weight, labels, wants_hidden=wants_h, wants_weight=wants_w)
+        with without_autocast(hidden):
+            loss, dh, dw = compute(hidden, weight, labels, wants_hidden=wants_h, wants_weight=wants_w)
         ctx.save_for_backward(dh, dw)
         return loss
 

@@ -29,6 +29,7 @@ __all__ = [
     "processors",
     "why_no_triton",
     "why_not_triton",
+    "without_autocast",
 ]
 
 BACKENDS = ("triton", "torch")
@@ -101,6 +102,14 @@ def why_no_triton() -> str | None:
     except ImportError as error:
         return f"triton does not import: {error}"
     return None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Operations compute in the dtype of what they are given, in both passes: autocast is for whoever calls them."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def launching_on(x: Tensor) -> AbstractContextManager[Any]:

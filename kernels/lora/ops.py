@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import check_together, choose_backend
+from ..dispatch import check_together, choose_backend, without_autocast
 
 
 def add_lora(
@@ -72,7 +72,7 @@ class AddLoRAFunction(torch.autograd.Function):
     ) -> Tensor:
         """Base [..., N], x [..., K] -> y [..., N]."""
         ctx.scaling = scaling
-        with torch.autocast(x.device.type, enabled=False):  # x has its dtype; the backward runs outside of autocast
+        with without_autocast(x):
             z = F.linear(_rows(x), lora_A.to(x.dtype))  # [M, R]
             ctx.save_for_backward(x, z, lora_A, lora_B)
             if on_gpu:
@@ -90,14 +90,15 @@ class AddLoRAFunction(torch.autograd.Function):
         wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
         d = _rows(dy)
         dx = dA = dB = None
-        if wants_x or wants_A:
-            g = torch.mm(d, lora_B.to(d.dtype)).mul_(ctx.scaling)  # [M, R]
-        if wants_x:
-            dx = torch.mm(g, lora_A.to(d.dtype)).view(x.shape)  # [..., K]
-        if wants_A:
-            dA = torch.mm(g.T, _rows(x)).to(lora_A.dtype)  # [R, K]
-        if wants_B:
-            dB = torch.mm(d.T, z).mul_(ctx.scaling).to(lora_B.dtype)  # [N, R]
+        with without_autocast(x):
+            if wants_x or wants_A:
+                g = torch.mm(d, lora_B.to(d.dtype)).mul_(ctx.scaling)  # [M, R]
+            if wants_x:
+                dx = torch.mm(g, lora_A.to(d.dtype)).view(x.shape)  # [..., K]
+            if wants_A:
+                dA = torch.mm(g.T, _rows(x)).to(lora_A.dtype)  # [R, K]
+            if wants_B:
+                dB = torch.mm(d.T, z).mul_(ctx.scaling).to(lora_B.dtype)  # [N, R]
         return dy if wants_base else None, dx, dA, dB, None, None
 
 

@@ -39,18 +39,14 @@ def check_weight(w: Tensor) -> None:
         raise QuantizationError(f"w is {w.dtype}: quantize takes float32, float16 or bfloat16; convert it first")
     if w.numel() == 0:
         raise QuantizationError(f"w has shape {list(w.shape)}, no elements: there is nothing to quantize")
-    if not w.is_contiguous():
-        raise QuantizationError(
-            f"w with shape {list(w.shape)} and strides {w.stride()} is not contiguous: pass w.contiguous()"
-        )
+    _check_memory("w", w)
 
 
 def check_absmax(absmax: Tensor) -> None:
     """Raise QuantizationError unless `absmax` can be quantized a second time, but for its values."""
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
         raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
-    if not absmax.is_contiguous():
-        raise QuantizationError(f"absmax is not contiguous (strides {absmax.stride()}): pass absmax.contiguous()")
+    _check_memory("absmax", absmax)
 
 
 def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str = "x") -> None:
@@ -119,8 +115,17 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device:
         )
     if device is not None and part.device != device:
         raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
-    if not part.is_contiguous():
-        raise QuantizationError(f"{name} is not contiguous (strides {part.stride()}): pass {name}.contiguous()")
+    _check_memory(name, part)
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    """Raise QuantizationError unless the elements of `t` lie in memory in their order, and as they are."""
+    if not t.is_contiguous():
+        raise QuantizationError(
+            f"{name} {list(t.shape)} is not contiguous (strides {t.stride()}): pass {name}.contiguous()"
+        )
+    if t.is_neg():
+        raise QuantizationError(f"{name} is a negative that torch has not written out: pass {name}.resolve_neg()")
 
 
 def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -129,7 +134,7 @@ def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: tor
         raise QuantizationError(
             f"out is {got[1]} {list(got[0])} on {got[2]}: wanted {want[1]} {list(want[0])} on {want[2]}"
         )
-    if not out.is_contiguous():
-        raise QuantizationError(f"out is not contiguous (strides {out.stride()})")
+    if not out.is_contiguous() or out.is_neg():
+        raise QuantizationError(f"out is not contiguous (strides {out.stride()}), or a negative not written out")
     if out.requires_grad and torch.is_grad_enabled():
         raise QuantizationError("out requires a gradient, and what is written there has none: pass out.detach()")

@@ -93,6 +93,11 @@ def _address(t: Tensor) -> int:
     return address
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether its elements lie in memory in their order, and as they are."""
+    return x.is_contiguous() and not x.is_neg()
+
+
 @lru_cache(maxsize=1)
 def library() -> Library:
     """The compiled cpu.c. Raises NativeBuildError."""
@@ -246,10 +251,10 @@ class Matmul:
         Raises QuantizationError: it is not.
         """
         *rows, k = x.shape or (0,)
-        if k != self.in_features or x.dtype not in DTYPES or not x.is_cpu or not x.is_contiguous():
+        if k != self.in_features or x.dtype not in DTYPES or not x.is_cpu or not _is_plain(x):
             raise QuantizationError(
                 f"x is {x.dtype} {list(x.shape)} on {x.device}, strides {x.stride()}: wanted float32, float16 or "
-                f"bfloat16 [..., {self.in_features}] on cpu, contiguous"
+                f"bfloat16 [..., {self.in_features}] on cpu, contiguous (and no lazy negative)"
             )
         y = x.new_empty((*rows, self.out_features))
         threads = torch.get_num_threads()
@@ -260,7 +265,7 @@ class Matmul:
     def backward(self, dy: Tensor) -> Tensor:
         """Map dy [..., N] to dx = dy W [..., K]; dy is contiguous, on the CPU, and has_backward(its dtype) is true."""
         *rows, n = dy.shape or (0,)
-        if n != self.out_features or not self.has_backward(dy.dtype) or not dy.is_cpu or not dy.is_contiguous():
+        if n != self.out_features or not self.has_backward(dy.dtype) or not dy.is_cpu or not _is_plain(dy):
             raise QuantizationError(
                 f"dy is {dy.dtype} {list(dy.shape)} on {dy.device}, strides {dy.stride()}: wanted bfloat16 "
                 f"[..., {self.out_features}] on cpu, contiguous, on a processor with a matrix unit"

@@ -80,6 +80,7 @@ def matmul_now(
     """`matmul`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(x, shape, packed.device)
+    x = x.resolve_neg()
     check_bias(bias, shape[0], x)
     obstacles = {"triton": _why_no_unit(shape, block_size), "c": _why_not_fused(shape, block_size)}
     if backend is None and x.numel() > fused_rows(x.dtype, x.device) * shape[1]:
@@ -140,6 +141,7 @@ def matmul_backward_now(
     """`matmul_backward`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
     check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
+    dy = dy.resolve_neg()
     obstacles = {
         "triton": _why_no_unit(shape, block_size),
         "c": _why_not_fused(shape, block_size) or _why_no_backward(dy),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import FLOATS, check_together, choose_backend
+from ..dispatch import FLOATS, check_together, choose_backend, without_autocast
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
@@ -80,7 +80,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
 
         return rotate(x, cos, sin, dtype=torch.promote_types(x.dtype, cos.dtype), inverse=False)
     x1, x2 = x.chunk(2, -1)
-    return (x * cos).add_(torch.cat((x2.neg(), x1), -1) * sin)  # rounded as in reference.py
+    with without_autocast(x):  # to bfloat16, where torch.cat refuses float16, and the other way round
+        return (x * cos).add_(torch.cat((x2.neg(), x1), -1) * sin)  # rounded as in reference.py
 
 
 def _obstacle(cos: Tensor) -> str | None:

@@ -106,6 +106,16 @@ def test_leading_dimensions_and_strides(leading):
     assert torch.equal(y, nf4.matmul(x.contiguous(), **w, backend="c"))
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("backend", [None, "c", "reference"])
+def test_a_negative_that_torch_has_not_written_out(backend, rows):
+    w = packed_weight(5, 64)
+    x = torch.randn(rows, 64, generator=generator())
+    assert torch.equal(nf4.matmul(torch._neg_view(x), **w, backend=backend), nf4.matmul(-x, **w, backend=backend))
+    dy = torch.randn(rows, 5, generator=generator()).bfloat16()
+    assert torch.equal(nf4.matmul_backward(torch._neg_view(dy), **w), nf4.matmul_backward(-dy, **w))
+
+
 def test_the_choice_of_backend(level):
     w = packed_weight(9, 128)
     for dtype in FLOATS:
@@ -171,6 +181,7 @@ def test_a_prepared_product_keeps_its_weight_alive():
         torch.ones(1, 64, dtype=torch.float64),
         torch.ones(1, 64, device="meta"),
         torch.ones(64, 2).T,
+        torch._neg_view(torch.ones(1, 64)),
     ],
     ids=lambda x: f"{list(x.shape)}-{x.dtype}-{x.device}",
 )

@@ -84,7 +84,7 @@ TARGET_AMX static int32_t backward_amx(const matmul_args *a, const uint16_t *dy,
     arrange_dy(dy, rows, n, threads, (uint16_t *)memory);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < n; first += TILE)
-        scales_of_units(a, first * units, least(n - first, TILE) * units, shift, scales + first * units);
+        scales_of_units(&a->w, a->level, first * units, least(n - first, TILE) * units, shift, scales + first * units);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint8_t *const block = own + thread_number() * (parts[2] + parts[3]);

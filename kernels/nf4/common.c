@@ -1,4 +1,4 @@
-/* What the operations of this folder share: the packed tensor, its scales, and the 16-bit floats.
+/* What the operations of this folder share: the packed tensor, and the 16-bit floats.
 
    Layout: byte i of `packed` holds element 2i in its high nibble and 2i + 1 in its low one. Blocks run over the
    flattened tensor, and their sizes are multiples of 32, so every block starts on a byte.
@@ -54,24 +54,6 @@ typedef struct {
 
 INLINE int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
-}
-
-/* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. Any NaN
-   becomes the plain one, whose low bits are 0: then rounding by addition keeps it a NaN. */
-INLINE float scale_of(const packed_tensor *q, int64_t block) {
-    float scale;
-    if (q->nested_absmax) {
-        scale = q->dynamic[((const uint8_t *)q->absmax)[block]] * q->nested_absmax[block / NESTED_BLOCK_SIZE];
-        scale += *q->nested_offset;
-    } else {
-        scale = ((const float *)q->absmax)[block];
-    }
-    return scale == scale ? scale : NAN;
-}
-
-/* The same of `count` blocks from `first` on. */
-static void scales_of(const packed_tensor *q, int64_t first, int64_t count, float *out) {
-    for (int64_t i = 0; i < count; i++) out[i] = scale_of(q, first + i);
 }
 
 /* Float32 to 16 bits, to nearest even, and back. */
@@ -140,30 +122,6 @@ TARGET_AVX512 INLINE __m512 load_avx512(const void *x, int64_t i, int32_t dtype)
     const __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)x + i));
     if (dtype == FLOAT16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-/* As scales_of, 16 at a time where 16 are left and share one nested scale. (No masked loads for the rest: the address
-   sanitizer does not see them.) */
-TARGET_AVX512 static void scales_avx512(const packed_tensor *q, int64_t first, int64_t count, float *out) {
-    for (int64_t i = 0; i < count;) {
-        const int64_t block = first + i;
-        if (count - i < 16 || block % NESTED_BLOCK_SIZE > NESTED_BLOCK_SIZE - 16) {
-            out[i++] = scale_of(q, block);
-            continue;
-        }
-        __m512 scale;
-        if (q->nested_absmax) {
-            const __m128i codes = _mm_loadu_si128((const __m128i *)((const uint8_t *)q->absmax + block));
-            scale = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), q->dynamic, 4);
-            scale = _mm512_mul_ps(scale, _mm512_set1_ps(q->nested_absmax[block / NESTED_BLOCK_SIZE]));
-            scale = _mm512_add_ps(scale, _mm512_set1_ps(*q->nested_offset));
-        } else {
-            scale = _mm512_loadu_ps((const float *)q->absmax + block);
-        }
-        scale = _mm512_mask_mov_ps(scale, _mm512_cmp_ps_mask(scale, scale, _CMP_UNORD_Q), _mm512_set1_ps(NAN));
-        _mm512_storeu_ps(out + i, scale);
-        i += 16;
-    }
 }
 
 #endif /* X86 */

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE /* syscall, in amx.c */
 
 #include "common.c"
+#include "scales.c"
 
 #include "dequantize.c"
 #include "quantize.c"

@@ -267,7 +267,7 @@ static void matmul_of_suited(const matmul_args *a, const suited_rows *rows, int3
         const int64_t row = group * ROWS;
         const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
-        scales_of_units(a, row * units, count * units, shift, scales);
+        scales_of_units(&a->w, a->level, row * units, count * units, shift, scales);
         fixed_pass pass;
         pass.packed = a->w.packed + row * units * (UNIT / 2);
         pass.scales = scales;

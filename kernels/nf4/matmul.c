@@ -202,17 +202,6 @@ static int shift_of(const matmul_args *a) {
     return shift;
 }
 
-/* The scale of each of `count` units from `first` on. */
-static void scales_of_units(const matmul_args *a, int64_t first, int64_t count, int shift, float *out) {
-    const int64_t block = first >> shift, blocks = ((first + count - 1) >> shift) - block + 1;
-#ifdef X86
-    if (a->level >= AVX512) scales_avx512(&a->w, block, blocks, out);
-    else
-#endif
-        scales_of(&a->w, block, blocks, out);
-    for (int64_t u = count - 1; shift && u >= 0; u--) out[u] = out[((first + u) >> shift) - block]; /* never further left */
-}
-
 static void store(void *y, int64_t i, float value, int32_t dtype) {
     if (dtype == FLOAT32) ((float *)y)[i] = value;
     else ((uint16_t *)y)[i] = to_half(value, dtype);
@@ -262,7 +251,7 @@ static int32_t matmul_fused(const matmul_args *a, const void *x, void *y, int64_
         const int64_t row = group * ROWS;
         const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
-        scales_of_units(a, row * units, count * units, shift, scales);
+        scales_of_units(&a->w, a->level, row * units, count * units, shift, scales);
         matmul_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, a->w.table, permuted, units, {{0}}};
         for (int64_t first = 0; first < rows; first += WIDTH) {
             const int width = (int)least(rows - first, WIDTH);

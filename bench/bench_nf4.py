@@ -18,6 +18,8 @@ few         Products with 1, 4 and 8 rows, bfloat16, on one thread and on the de
             weight is the same one each time, so whatever fits in a cache stays there.
 beyond      The same for one row and a weight of 138 MB, between sums that empty the caches and say how fast memory is.
 many        128 and 512 rows, forward and backward, beside torch's product with the decoded weight; malloc tuned.
+crossover   Up to how many rows the fused product is faster than decoding and torch's GEMM (nf4_crossover.py), one
+            thread, malloc tuned.
 exactness   Bits that differ from the reference over 10^7 numbers, a quarter of which are ties and their neighbours.
 memory      Bits per weight of a layer in training (nf4_memory.py), malloc as installed.
 gpu         Where there is one (nf4_gpu.py).
@@ -40,6 +42,7 @@ from typing import Any
 import child
 import nf4_bars
 import nf4_cpu
+import nf4_crossover
 import nf4_gpu
 import nf4_memory
 import nf4_products
@@ -48,7 +51,7 @@ from nf4_names import OURS
 from qlorag.kernels.dispatch import why_no_triton
 from qlorag.kernels.nf4 import cpu
 
-PARTS = ("dequantize", "quantize", "few", "beyond", "many", "exactness", "memory", "gpu")
+PARTS = ("dequantize", "quantize", "few", "beyond", "many", "crossover", "exactness", "memory", "gpu")
 MALLOC: dict[str, Mapping[str, str]] = {"as installed": {}, "tuned": child.TUNED_MALLOC}
 SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # the projections of SmolLM2-135M
 
@@ -63,9 +66,11 @@ class Sizes:
     read_bytes: int = nf4_products.READ_BYTES
     values: int = 10_000_000
     layers: int = 24
+    crossover_rows: tuple[int, ...] = nf4_crossover.ROWS
+    crossover_shapes: tuple[tuple[int, int], ...] = nf4_crossover.SHAPES
 
 
-SMALL = Sizes((256, 256), (512, 256), 512, 2**20, 20_000, 2)
+SMALL = Sizes((256, 256), (512, 256), 512, 2**20, 20_000, 2, (4, 8), ((128, 128),))
 
 
 def few(shapes: list[list[int]], rows: list[int], repeats: int) -> dict[str, Any]:
@@ -83,11 +88,22 @@ def many(shape: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
     return {"rows": nf4_products.many_rows((shape[0], shape[1]), rows, repeats)}
 
 
+def crossover(dtype: str, shapes: list[list[int]], rows: list[int], repeats: int) -> dict[str, Any]:
+    """Job for a child."""
+    return {"rows": nf4_crossover.measure(dtype, shapes, rows, repeats)}
+
+
 def run(
-    job: str, arguments: dict[str, Any], *, threads: int, malloc: str = "tuned", **more: Any
+    job: str,
+    arguments: dict[str, Any],
+    *,
+    threads: int,
+    malloc: str = "tuned",
+    env: Mapping[str, str] = {},
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """The rows of a job in a process of its own, which say what it ran under."""
-    answer = child.run(__file__, child.Job(job, arguments, MALLOC[malloc]), threads=threads)
+    answer = child.run(__file__, child.Job(job, arguments, {**MALLOC[malloc], **env}), threads=threads)
     return [{**row, "threads": threads, "malloc": malloc, **more} for row in answer["rows"]]
 
 
@@ -200,6 +216,15 @@ def measure(parts: list[str], sizes: Sizes, dtypes: list[str], block_size: int, 
         result["many_rows"] = [row for t in threads for row in run("many", job, threads=t)]
         for t in threads:
             show(f"many rows, bfloat16, {t} threads", [row for row in result["many_rows"] if row["threads"] == t])
+    if "crossover" in parts:
+        job = {"shapes": sizes.crossover_shapes, "rows": sizes.crossover_rows, "repeats": min(repeats, 7)}
+        result["crossover"] = [
+            row
+            for level, dtype, env in nf4_crossover.variants()
+            for row in run("crossover", job | {"dtype": dtype}, threads=1, env=env, level=level)
+        ]
+        print("\ntime of decoding and GEMM over that of the fused product, one thread")
+        print(nf4_crossover.table(result["crossover"]))
     if "exactness" in parts:
         result["exactness"] = exactness(sizes.values)
         for one in result["exactness"]:
@@ -263,5 +288,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    child.serve(nf4_cpu.dequantize, nf4_cpu.quantize, nf4_cpu.exactness, few, beyond, many, layers, nf4_gpu.job)
+    child.serve(
+        nf4_cpu.dequantize, nf4_cpu.quantize, nf4_cpu.exactness, few, beyond, many, crossover, layers, nf4_gpu.job
+    )
     main()

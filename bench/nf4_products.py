@@ -75,7 +75,7 @@ class Weight:
         return prepared or (lambda x: nf4.matmul(x, self.packed, self.codes, **self.options))
 
 
-def _x(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def normal_x(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
 
 
@@ -113,7 +113,7 @@ def few_rows(
         weight = Weight.normal((n, k), dtype, device)
         exact_weight, dense, product = weight.dense(torch.float64), weight.dense(dtype), weight.product()
         for m in rows:
-            x = _x(m, k, dtype, device)
+            x = normal_x(m, k, dtype, device)
             candidates = _few(weight, x, product, dense)
             errors = check_products(candidates, x.double() @ exact_weight.T, DENSE)
             return_freed()
@@ -134,7 +134,7 @@ def beyond_cache(size: int, repeats: int, *, read_bytes: int = READ_BYTES) -> di
     """
     weight = Weight.of_random_codes((size, size))
     product = weight.product()
-    x = _x(1, size, torch.bfloat16, CPU)
+    x = normal_x(1, size, torch.bfloat16, CPU)
     some = min(size, 256)
     y = product(x)
     for first in (0, size - some):
@@ -171,7 +171,7 @@ def many_rows(
     exact_weight, dense = weight.dense(torch.float64), weight.dense(dtype)
     found = []
     for m in rows:
-        x, dy = _x(m, k, dtype, device), _x(m, n, dtype, device)
+        x, dy = normal_x(m, k, dtype, device), normal_x(m, n, dtype, device)
         directions = {
             "forward": (_forward(weight, x, dense), x.double() @ exact_weight.T),
             "backward": (_backward(weight, dy, dense), dy.double() @ exact_weight),

@@ -317,10 +317,27 @@ def test_the_whole_of_it_runs(bench: ModuleType, tmp_path: Path) -> None:
     import subprocess
 
     command = [sys.executable, str(BENCH / "bench_nf4.py"), "--small", "--repeats", "2", "--json", str(tmp_path / "r")]
-    run = subprocess.run([*command, "--only", "few", "memory"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--only", "few", "crossover", "memory"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     told = json.loads((tmp_path / "r").read_text())
     assert [bench.nf4_bars.Bar.from_dict(entry) for entry in told["bars"]] == bench.nf4_bars.bars(told)
     assert {entry["work"] for entry in told["bars"]} and f"of {len(told['bars'])} met" in run.stdout
     sizes = {(row["n"], row["k"]): row["bar"] for row in told["matmul"]}
     assert sizes == {(256, 256): True, (512, 256): True} | dict.fromkeys(bench.SMOLLM2, False)
+    variants = [(level, dtype) for level, dtype, _ in bench.nf4_crossover.variants()]
+    assert len(variants) >= 3
+    assert [(row["level"], row["dtype"], row["m"]) for row in told["crossover"]] == [
+        (level, dtype, m) for level, dtype in variants for m in (4, 8)
+    ]
+    for row in told["crossover"]:
+        assert row["times_as_fast"] == row["decoded_ms"] / row["fused_ms"] > 0
+
+
+def test_the_table_of_crossovers(bench: ModuleType) -> None:
+    row = {"level": "amx", "n": 8, "k": 64, "dtype": "float32"}
+    rows = [row | {"m": 4, "times_as_fast": 2.0}, row | {"m": 16, "times_as_fast": 0.5}]
+    rows += [r | {"dtype": "bfloat16", "times_as_fast": 3.0} for r in rows]
+    head, first, second = bench.nf4_crossover.table(rows).splitlines()
+    assert head.split() == ["4", "16", "fused", "up", "to"]
+    assert first == "float32, amx, [m, 64] x [8, 64]ᵀ               2.00   0.50            24"
+    assert second.split()[-3:] == ["3.00", "3.00", "any"]

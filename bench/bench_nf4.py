@@ -20,7 +20,7 @@ beyond      The same for one row and a weight of 138 MB, between sums that empty
 many        128 and 512 rows, forward and backward, beside torch's product with the decoded weight; malloc tuned.
 crossover   Up to how many rows the fused product is faster than decoding and torch's GEMM (nf4_crossover.py), one
             thread, malloc tuned.
-exactness   Bits that differ from the reference over 10^7 numbers, a quarter of which are ties and their neighbours.
+exactness   Bits that differ from the reference over 10^7 numbers, a sixth of which are ties and their neighbours.
 memory      Bits per weight of a layer in training (nf4_memory.py), malloc as installed.
 gpu         Where there is one (nf4_gpu.py).
 

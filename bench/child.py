@@ -7,8 +7,7 @@ A file whose jobs are run this way calls `child.serve(load, ...)` before its own
 measurement means that no library's imports, allocations or threads stand in another's figures.
 
 Peak memory is VmHWM of the child, not ru_maxrss: Linux hands the latter down through fork and exec, so that a child
-of a process that once held 800 MiB reports 800 MiB whatever it does itself. For the same reason the parents here
-never import torch.
+of a process that once held 800 MiB reports 800 MiB whatever it does itself.
 """
 
 from __future__ import annotations

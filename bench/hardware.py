@@ -6,7 +6,7 @@
     GEMM       a product of two square matrices, float32 and bfloat16  GFLOP/s: 2 n^3 each
 
 A peak is the best of its repeats, not the median: it stands for what the hardware allows. All of it is about the
-processor, because nothing in this folder runs on a GPU.
+processor; a GPU's peaks are measured where it is (nf4_gpu.py).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,9 @@ from torch import Tensor
 
 from ..kernels import nf4
 from ..kernels.nf4 import Kind, QuantizationError
+from ..kernels.nf4.reference import NESTED_BLOCK_SIZE  # which is also all that bitsandbytes writes
 from .tensor import QuantizedTensor
 
-NESTED_BLOCK_SIZE = 256  # what the kernels decode, and all that bitsandbytes writes
 MAX_STATE_BYTES = 1 << 16  # the JSON takes about 200
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__[^.]*)")
 _STATE = "quant_state.bitsandbytes__"
@@ -153,7 +153,7 @@ def to_bnb(q: QuantizedTensor, name: str) -> dict[str, Tensor]:
     tensors = {
         name: q.packed.reshape(-1, 1),
         f"{name}.absmax": q.absmax,
-        f"{name}.quant_map": torch.tensor(nf4.NF4 if q.kind == "nf4" else nf4.FP4, device=q.device),
+        f"{name}.quant_map": _table(nf4.NF4 if q.kind == "nf4" else nf4.FP4, q),
     }
     nested = q.nested
     if nested is not None:
@@ -163,11 +163,15 @@ def to_bnb(q: QuantizedTensor, name: str) -> dict[str, Tensor]:
             "nested_offset": nested.offset.item(),  # a float32 as a double, which JSON holds exactly
         }
         tensors[f"{name}.nested_absmax"] = nested.absmax
-        tensors[f"{name}.nested_quant_map"] = torch.tensor(nf4.DYNAMIC, device=q.device)
+        tensors[f"{name}.nested_quant_map"] = _table(nf4.DYNAMIC, q)
     state = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8, device=q.device)
     tensors[f"{name}.{_STATE}{q.kind}"] = state
     from_bnb(tensors, name)  # a QuantizedTensor that was put together by hand may not fit
     return tensors
+
+
+def _table(values: Sequence[float], q: QuantizedTensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=q.device)
 
 
 def _nested_offset(key: str, fields: dict[str, Any]) -> float:

@@ -24,16 +24,16 @@ and the one midpoint that may lie among those numbers: two look-ups, one compari
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..kernels.nf4 import QuantizationError
 from ..kernels.nf4.codebook import DYNAMIC, DYNAMIC_UNSIGNED, midpoints
+from ..kernels.nf4.reference import TINY
+from ..kernels.nf4.tracing import kept
 
 BLOCK_SIZE = 256
-TINY = 1e-38  # absmax below this counts as this, so that its reciprocal is finite
 
 
 def quantize8(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
@@ -88,13 +88,13 @@ def _nearest(scaled: Tensor, signed: bool) -> Tensor:
     return code
 
 
-@lru_cache(maxsize=16)
+@kept
 def _map(signed: bool, device: torch.device) -> Tensor:
     """float32 [256], ascending; shared, so never write to it."""
     return torch.tensor(DYNAMIC if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=16)
+@kept
 def _lookup(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """By the upper 16 bits of a number: (uint8 code of the least such number, float32 midpoint among them or inf)."""
     bounds = torch.tensor(midpoints(list(DYNAMIC if signed else DYNAMIC_UNSIGNED)), dtype=torch.float32, device="cpu")
@@ -104,6 +104,6 @@ def _lookup(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     least, greatest = ends.amin(dim=0), ends.amax(dim=0)
     first, last = (torch.bucketize(end, bounds) for end in (least, greatest))
     assert int((last - first).max()) <= 1, "two midpoints share their upper 16 bits: one comparison cannot decide"
-    padded = torch.cat([bounds, torch.tensor([math.inf], device="cpu")])
+    padded = torch.cat([bounds, torch.tensor([math.inf], dtype=torch.float32, device="cpu")])
     midpoint = torch.where(last > first, padded[first], math.inf)
     return first.to(torch.uint8).to(device), midpoint.to(device)

@@ -1,16 +1,14 @@
 """A linear layer whose frozen weight is stored in 4 bits: the base of QLoRA (arXiv:2305.14314, eq. 5).
 
-    y  = x Wᵀ + b        x [..., K], W [N, K] decoded from 4 bits just before the product
-    dx = dy W            W is decoded a second time; db = sum of dy over all but the last dimension
+    y  = x Wᵀ + b        x [..., K], W [N, K] in 4 bits
+    dx = dy W            db = sum of dy over all but the last dimension
 
 Nothing of the size of W in 16 or 32 bits outlives either pass. W is frozen, so dW is not needed and x need
 not be saved: what autograd keeps of this layer is a reference to the packed weight it already has.
 
-For a few rows of x and no gradient, which is what generating text consists of, the product is taken straight
-from the packed weight (kernels/nf4/fixed.c, matmul.c), with everything but x looked up once and kept by the layer.
-
-Otherwise kernels/nf4 decides by the number of rows: the packed weight is multiplied as it is, or decoded into scratch
-memory that all layers share and given to the platform's GEMM.
+kernels/nf4 decides by the number of rows whether the packed weight is multiplied as it is, or decoded into scratch
+memory that all layers share and given to the platform's GEMM. As it is, everything but x is looked up once and kept by
+the layer. The backward decodes, but for bfloat16 on a processor with a matrix unit.
 
 Under torch.compile both passes are one operation each of kernels/nf4/torch_ops.py: no graph breaks.
 """
@@ -48,7 +46,7 @@ def _add(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b with W decoded in both passes."""
+    """y = x Wᵀ + b; what is kept for the backward is the packed weight."""
 
     @staticmethod
     def forward(

@@ -103,6 +103,33 @@ def test_a_room_can_be_lifted_out(room: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
+RECIPES = {  # the sections "To lift it": what is copied
+    **{f"kernels/{name}": ("kernels/dispatch",) for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")},
+    "kernels/nf4": ("kernels/native", "kernels/dispatch"),
+    "quant": ("kernels/nf4", "kernels/native", "kernels/dispatch"),
+    "lora": (),
+}
+
+
+@pytest.mark.parametrize("folder", RECIPES)
+def test_a_folder_can_be_lifted_out_with_what_its_readme_names(folder: str, tmp_path: Path) -> None:
+    for name in (folder, *RECIPES[folder]):
+        shutil.copytree(ROOT / name, tmp_path / "theirs" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        assert (
+            name == folder
+            or f"`{Path(name).name}/`" in (ROOT / folder / "README.md").read_text()
+            or (f"../{Path(name).name}" in (ROOT / folder / "README.md").read_text())
+        )
+    module = f"theirs.{folder.replace('/', '.')}"
+    code = f"import sys, {module}\nassert not any(name.startswith('qlorag') for name in sys.modules)\n"
+    if folder in ("quant", "kernels/nf4"):
+        code += "import torch\nfrom theirs.kernels import nf4\np, a = nf4.quantize(torch.ones(64))\n"
+        code += "assert nf4.dequantize(p, a, shape=(64,), backend='c').tolist() == [1.0] * 64\n"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_command_line_imports_no_oracle() -> None:
     code = (
         "import sys\nfrom qlorag.recipes.cli import build_parser\nbuild_parser()\n"

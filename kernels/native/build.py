@@ -1,4 +1,4 @@
-"""Compile a C file on first use, keep the library, load it. About 2 s once, then a few milliseconds.
+"""Compile a C file on first use, keep the library, load it. Some seconds once, then a few milliseconds.
 
 The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
 what the compiler makes: all C files in the folder of the source, which may include its neighbours; flags, the
@@ -37,7 +37,7 @@ import torch  # loads the OpenMP runtime that the libraries below resolve to
 log = logging.getLogger(__name__)
 
 FLAGS = ("-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
-COMPILE_TIMEOUT = 120  # seconds; a cold compile takes about one
+COMPILE_TIMEOUT = 120  # seconds; that of kernels/nf4 takes 2 to 5
 
 
 class NativeBuildError(RuntimeError):
@@ -163,8 +163,9 @@ def _place(built: Path, stem: str) -> Path:
 
 
 def _is_intact(entry: Path) -> bool:
-    """Whether the content fits the name, and nobody else could have written it (it is code that will run)."""
-    if hasattr(os, "getuid") and entry.stat().st_uid not in (0, os.getuid()):
+    """Whether the content fits the name, and no other user could have written it (it is code that will run)."""
+    status = entry.stat()
+    if hasattr(os, "getuid") and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022):
         return False
     return hashlib.sha256(entry.read_bytes()).hexdigest()[:16] == entry.stem.rsplit("-", 1)[1]
 

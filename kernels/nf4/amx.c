@@ -1,4 +1,4 @@
-/* y = x Wᵀ and dx = dy W in bfloat16 on the matrix unit of x86 processors (AMX), straight from the packed W [N, K].
+/* y = x Wᵀ in bfloat16 on the matrix unit of x86 processors (AMX), straight from the packed W [N, K].
 
    The unit multiplies tiles: 8 registers of 16 rows of 64 bytes each. One instruction adds to a tile C, 16 x 16 numbers of
    float32, the product of a tile A, 16 rows of 32 bfloat16, and a tile B, which is 32 x 16 with pairs of rows interleaved:
@@ -134,10 +134,6 @@ TARGET_AMX static void arrange_x(const uint16_t *x, int64_t rows, int columns, i
                 lines[m] = _mm512_permutex2var_epi16(_mm512_loadu_si512(row), pick, _mm512_loadu_si512(row + 32));
             }
             uint32_t *const plane = tile + p * TILE * columns;
-            if (columns == 1) {
-                _mm512_storeu_si512(plane, lines[0]);
-                continue;
-            }
             transpose(lines);
             const __mmask16 some = (__mmask16)((1 << columns) - 1);
             for (int k = 0; k < TILE; k++) _mm512_mask_storeu_epi32(plane + k * columns, some, lines[k]);
@@ -190,7 +186,7 @@ TARGET_AMX INLINE void multiply_few(const uint8_t *a, const uint8_t *x, int colu
    three times the product. */
 TARGET_AMX INLINE void few_rows(const uint8_t *packed, const float *scales, int64_t units, int64_t rows, const int tiles,
                                 __m512 table, const uint8_t *x, int columns, uint8_t *buffer) {
-    const uint8_t *ahead = packed + FEW_TILES * TILE * units * (UNIT / 2); /* what the next call will need */
+    int64_t ahead = FEW_TILES * TILE * units * (UNIT / 2); /* where in packed the next call begins */
     _tile_zero(0);
     if (tiles > 1) _tile_zero(1);
     if (tiles > 2) _tile_zero(2);
@@ -203,7 +199,7 @@ TARGET_AMX INLINE void few_rows(const uint8_t *packed, const float *scales, int6
             uint8_t *const tile = now + t * STEP * PLANES * TILE_BYTES;
             const int64_t from = t * TILE * units + u;
             const int count = (int)least(rows - t * TILE, TILE);
-            for (int r = 0; r < TILE; r++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+            for (int r = 0; r < TILE; r++, ahead += 64) PREFETCH(packed, ahead, _MM_HINT_T1);
             if (step == STEP) decode_rows(packed + from * (UNIT / 2), scales + from, units, count, STEP, table, tile);
             else decode_rows(packed + from * (UNIT / 2), scales + from, units, count, 1, table, tile);
         }
@@ -236,7 +232,7 @@ TARGET_AMX static void forward_few(const matmul_args *a, int shift, const uint8_
             if (tiles == 3) few_rows(packed, scales, units, rows, 3, table, x, columns, buffer);
             if (tiles == 2) few_rows(packed, scales, units, rows, 2, table, x, columns, buffer);
             if (tiles == 1) few_rows(packed, scales, units, rows, 1, table, x, columns, buffer);
-            _tile_stored(0, c[0], 4 * columns); /* what is left over from the rows before is not written on */
+            _tile_stored(0, c[0], 4 * columns); /* beyond `tiles` they hold sums of the rows before, which nobody reads */
             _tile_stored(1, c[1], 4 * columns);
             _tile_stored(2, c[2], 4 * columns);
             _tile_stored(3, c[3], 4 * columns);

@@ -6,7 +6,7 @@
 
 #ifdef HAVE_AMX
 
-enum { PAIRS = 2 * TILE };  /* rows of W in one tile B */
+enum { B_ROWS = 2 * TILE }; /* rows of W in one tile B */
 enum { QUARTERS = 4 };      /* tiles that a unit of 16 pairs of rows gives: one for each nibble of a word */
 enum { WIDE_UNITS = 8 };    /* a block of W is 64 x 8 columns */
 enum { DEEP_TILES = 8 };    /* and 32 x 8 rows: 256 KiB when decoded */
@@ -17,7 +17,7 @@ TARGET_AMX INLINE void decode_pairs(const uint8_t *packed, const float *scales, 
                                     __m512 table, uint8_t *out, int64_t next) {
     const __m512i low = _mm512_set1_epi16(15), second = _mm512_set1_epi32(1 << 20);
     const int64_t bytes = stride * (UNIT / 2);
-    for (int64_t r = 0; r < PAIRS; r += 2, packed += 2 * bytes, scales += 2 * stride, out += 64) {
+    for (int64_t r = 0; r < B_ROWS; r += 2, packed += 2 * bytes, scales += 2 * stride, out += 64) {
         if (r >= rows) {
             for (int64_t t = 0; t < units * QUARTERS; t++) _mm512_store_si512(out + t * next, _mm512_setzero_si512());
             continue;
@@ -42,16 +42,16 @@ TARGET_AMX INLINE void decode_pairs(const uint8_t *packed, const float *scales, 
 
 /* dy [rows][N] as tiles A: [ceil(rows / 16)][ceil(N / 32)][16][32], zeros where it ends. */
 TARGET_AMX static void arrange_dy(const uint16_t *dy, int64_t rows, int64_t n, int32_t threads, uint16_t *out) {
-    const int64_t deep = (n + PAIRS - 1) / PAIRS, lines = (rows + TILE - 1) / TILE * TILE;
+    const int64_t deep = (n + B_ROWS - 1) / B_ROWS, lines = (rows + TILE - 1) / TILE * TILE;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t m = 0; m < lines; m++) {
-        uint16_t *to = out + (m / TILE * deep * TILE + m % TILE) * PAIRS;
-        for (int64_t t = 0; t < deep; t++, to += TILE * PAIRS) {
-            const int64_t count = m < rows ? least(n - t * PAIRS, PAIRS) : 0;
-            if (count == PAIRS) _mm512_store_si512(to, _mm512_loadu_si512(dy + m * n + t * PAIRS));
+        uint16_t *to = out + (m / TILE * deep * TILE + m % TILE) * B_ROWS;
+        for (int64_t t = 0; t < deep; t++, to += TILE * B_ROWS) {
+            const int64_t count = m < rows ? least(n - t * B_ROWS, B_ROWS) : 0;
+            if (count == B_ROWS) _mm512_store_si512(to, _mm512_loadu_si512(dy + m * n + t * B_ROWS));
             else {
-                memset(to, 0, 2 * PAIRS);
-                if (count) memcpy(to, dy + m * n + t * PAIRS, 2 * (size_t)count);
+                memset(to, 0, 2 * B_ROWS);
+                if (count) memcpy(to, dy + m * n + t * B_ROWS, 2 * (size_t)count);
             }
         }
     }
@@ -71,7 +71,7 @@ TARGET_AMX INLINE void write_row(const float *c, int64_t next, uint16_t *dx) {
 /* dx = dy W; dy: [rows][N], dx: [rows][K], bfloat16. Returns whether there was memory. */
 TARGET_AMX static int32_t backward_amx(const matmul_args *a, const uint16_t *dy, uint16_t *dx, int64_t rows, int32_t threads) {
     const int64_t n = a->out_features, k = a->in_features, units = k / UNIT;
-    const int64_t deep = (n + PAIRS - 1) / PAIRS, dy_tiles = (rows + TILE - 1) / TILE, high = least(dy_tiles, BACKWARD_ROWS / TILE);
+    const int64_t deep = (n + B_ROWS - 1) / B_ROWS, dy_tiles = (rows + TILE - 1) / TILE, high = least(dy_tiles, BACKWARD_ROWS / TILE);
     if (rows * n * k < AMX_TASK) threads = 1;
     const int64_t wide = least(WIDE_UNITS, (units + 2 * threads - 1) / (2 * threads)), groups = (units + wide - 1) / wide;
     const int shift = shift_of(a);
@@ -99,7 +99,7 @@ TARGET_AMX static int32_t backward_amx(const matmul_args *a, const uint16_t *dy,
                 for (int64_t t = 0; t < deep; t += DEEP_TILES) {
                     const int64_t depth = least(DEEP_TILES, deep - t), size = depth * TILE_BYTES;
                     for (int64_t i = 0; i < depth; i++) {
-                        const int64_t row = (t + i) * PAIRS, from = row * units + u;
+                        const int64_t row = (t + i) * B_ROWS, from = row * units + u;
                         decode_pairs(a->w.packed + from * (UNIT / 2), scales + from, units, n - row, here, table,
                                      block + i * TILE_BYTES, size);
                     }

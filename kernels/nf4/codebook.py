@@ -27,10 +27,13 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .errors import QuantizationError
+from .tracing import kept
 
 Kind = Literal["nf4", "fp4"]
 
@@ -109,13 +112,13 @@ def midpoints(values: list[float]) -> list[float]:
     return [_f32(_f32(a + b) / 2) for a, b in pairwise(values)]
 
 
-@lru_cache(maxsize=64)
+@kept
 def table(kind: Kind, device: torch.device) -> Tensor:
     """float32 [16] on `device`; shared, so never write to it."""
     return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def thresholds(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
     """(float32 [15] ascending thresholds, uint8 [16] code of each interval) on `device`."""
     values, codes = ascending(kind)
@@ -138,7 +141,7 @@ def bucket_of(x: float, count: int) -> int:
     return round(x * (2 * count - 4)) + 2 >> 2  # an exact product in float64, and `round` takes ties to even
 
 
-@lru_cache(maxsize=64)
+@kept
 def buckets(kind: Kind, device: torch.device) -> Tensor:
     """int32 [2, BUCKETS[kind]] on `device`: how a bucket, by its number modulo BUCKETS[kind], leads to a place.
 
@@ -155,15 +158,20 @@ def buckets(kind: Kind, device: torch.device) -> Tensor:
     return torch.stack([threshold.view(torch.int32), torch.tensor(below, dtype=torch.int32, device=device)])
 
 
-@lru_cache(maxsize=64)
+@kept
 def dynamic_table(device: torch.device) -> Tensor:
     """float32 [256], the 8-bit dynamic map, ascending."""
     return torch.tensor(DYNAMIC, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def dynamic_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: the code of each point of an even grid over [-1, 1] (see reference.quantize_absmax)."""
-    grid = torch.arange(65536, dtype=torch.float32, device=device) * 2 / 65535 - 1
-    mids = torch.tensor(midpoints(list(DYNAMIC)), dtype=torch.float32, device=device)
-    return torch.bucketize(grid, mids).to(torch.uint8)
+    return torch.from_numpy(grid_codes()).to(device, copy=True)
+
+
+@lru_cache(maxsize=1)
+def grid_codes() -> npt.NDArray[np.uint8]:
+    """[65536]: as dynamic_grid, and made here, because a GPU divides by a constant in another way."""
+    grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
+    return np.searchsorted(np.array(midpoints(list(DYNAMIC)), dtype=np.float32), grid).astype(np.uint8)

@@ -4,7 +4,7 @@
    flattened tensor, and their sizes are multiples of 32, so every block starts on a byte.
 
    Every table comes from codebook.py with each call; there is no second copy of them in C. Arguments are checked in
-   ops.py. No operation keeps state, and each splits its work so that the number of threads cannot change a bit. */
+   checks.py. No operation keeps state, and each splits its work so that the number of threads cannot change a bit. */
 
 #include <math.h>
 #include <stdint.h>
@@ -14,6 +14,8 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define X86 1
 #include <immintrin.h>
+/* The address may lie beyond the buffer, where no pointer may point. */
+#define PREFETCH(base, offset, hint) _mm_prefetch((const char *)((uintptr_t)(base) + (uintptr_t)(offset)), hint)
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #if defined(__linux__) && defined(__has_include)
@@ -31,7 +33,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #define thread_number() omp_get_thread_num()
-#else /* the number of threads is then used nowhere */
+#else /* cpu.py then asks for one thread */
 #define thread_number() 0
 #pragma GCC diagnostic ignored "-Wunused-parameter"
 #pragma GCC diagnostic ignored "-Wunused-variable"

@@ -13,6 +13,15 @@
 #include "amx.c"
 #include "amx_backward.c"
 
+#ifdef X86
+/* The AVX2 path converts float16 with it; every such processor has it, but a virtual machine may hide it. */
+static int has_f16c(void) {
+    uint32_t a, b, c, d;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(1), "c"(0));
+    return c >> 29 & 1;
+}
+#endif
+
 /* The highest level this processor (and its operating system) can run. */
 int32_t qlorag_nf4_best_level(void) {
 #ifdef X86
@@ -25,7 +34,7 @@ int32_t qlorag_nf4_best_level(void) {
 #endif
         return vnni ? VNNI : AVX512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2; /* F16C is older than AVX2 */
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return AVX2;
 #elif defined(ARM)
     return NEON;
 #endif
@@ -49,4 +58,12 @@ int32_t qlorag_nf4_matmul_backward(const matmul_args *a, const void *dy, void *d
 #else
     return (void)a, (void)dy, (void)dx, (void)rows, (void)threads, 0;
 #endif
+}
+
+/* How large this library's structures are, for cpu.py to compare with its own. */
+void qlorag_nf4_sizes(int64_t sizes[4]) {
+    sizes[0] = sizeof(packed_tensor);
+    sizes[1] = sizeof(dequantize_args);
+    sizes[2] = sizeof(quantize_args);
+    sizes[3] = sizeof(matmul_args);
 }

@@ -1,8 +1,9 @@
-"""The C kernels of cpu.c, called through ctypes. Arguments have been checked in ops.py."""
+"""The C kernels of cpu.c, called through ctypes. Arguments have been checked in checks.py."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..native import LEVELS, LevelError, Library, choose_level, load
 from .checks import Packed
-from .codebook import DENOMINATORS, Kind, dynamic_grid, dynamic_table, table, thresholds
+from .codebook import DENOMINATORS, DYNAMIC, TABLES, Kind, ascending, grid_codes, midpoints
 from .errors import QuantizationError
 from .reference import NESTED_BLOCK_SIZE, Nested, name_nonfinite, nested_offset
 
@@ -23,6 +24,17 @@ STREAM_BYTES = 8 << 20
 UNIT = 64  # elements of a row that matmul.c takes at a time, under one scale
 MAX_IN_FEATURES = 1024 * UNIT
 _CPU = torch.device("cpu")
+
+
+def _floats(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(values))(*values)
+
+
+# The tables, in memory that is there for good: no tracer, mode or device of torch has a part in them.
+_DYNAMIC = _floats(DYNAMIC)
+_TABLES = {kind: _floats(values) for kind, values in TABLES.items()}
+_THRESHOLDS = {kind: _floats(midpoints(ascending(kind)[0])) for kind in TABLES}
+_CODES = {kind: (ctypes.c_uint8 * 16)(*ascending(kind)[1]) for kind in TABLES}
 
 
 class _PackedTensor(ctypes.Structure):
@@ -103,6 +115,10 @@ def library() -> Library:
     """The compiled cpu.c. Raises NativeBuildError."""
     loaded = load(Path(__file__).with_name("cpu.c"))
     handle, pointer = loaded.handle, ctypes.c_void_p
+    sizes = (ctypes.c_int64 * 4)()
+    handle.qlorag_nf4_sizes(sizes)
+    mine = [ctypes.sizeof(structure) for structure in (_PackedTensor, _DequantizeArgs, _QuantizeArgs, _MatmulArgs)]
+    assert [*sizes] == mine, f"structures of C and of this file differ: {[*sizes]} and {mine} bytes"
     handle.qlorag_nf4_best_level.restype = ctypes.c_int32
     handle.qlorag_nf4_dequantize.argtypes = [ctypes.POINTER(_DequantizeArgs)]
     handle.qlorag_nf4_dequantize.restype = None
@@ -115,6 +131,10 @@ def library() -> Library:
     handle.qlorag_nf4_matmul_backward.argtypes = [pointer] * 3 + [ctypes.c_int64, ctypes.c_int32]
     handle.qlorag_nf4_matmul_backward.restype = ctypes.c_int32
     return loaded
+
+
+def _threads() -> int:
+    return torch.get_num_threads() if library().openmp else 1
 
 
 @lru_cache(maxsize=1)
@@ -147,18 +167,17 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
     w = w.detach()
     packed = torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=_CPU)
     absmax = torch.empty(-(-w.numel() // block_size), dtype=torch.float32, device=_CPU)
-    bounds, codes = thresholds(kind, _CPU)
     args = _QuantizeArgs(
         w=_address(w),
-        thresholds=bounds.data_ptr(),
-        codes=codes.data_ptr(),
-        packed=packed.data_ptr(),
-        absmax=absmax.data_ptr(),
+        thresholds=ctypes.addressof(_THRESHOLDS[kind]),
+        codes=ctypes.addressof(_CODES[kind]),
+        packed=_address(packed),
+        absmax=_address(absmax),
         numel=w.numel(),
         block_size=block_size,
         dtype=DTYPES[w.dtype],
         level=level(),
-        threads=torch.get_num_threads(),
+        threads=_threads(),
     )
     if not library().handle.qlorag_nf4_quantize(ctypes.byref(args)):
         raise QuantizationError(name_nonfinite(w))
@@ -172,11 +191,11 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     nested = torch.empty(-(-absmax.numel() // NESTED_BLOCK_SIZE), dtype=torch.float32, device=_CPU)
     library().handle.qlorag_nf4_quantize_absmax(
         _address(absmax),
-        offset.data_ptr(),
-        dynamic_grid(_CPU).data_ptr(),
+        _address(offset),
+        grid_codes().ctypes.data,
         absmax.numel(),
-        codes.data_ptr(),
-        nested.data_ptr(),
+        _address(codes),
+        _address(nested),
     )
     return codes, Nested(nested, offset)
 
@@ -187,8 +206,8 @@ def _packed_tensor(w: Packed) -> _PackedTensor:
         absmax=_address(w.absmax),
         nested_absmax=None if w.nested is None else _address(w.nested.absmax),
         nested_offset=None if w.nested is None else _address(w.nested.offset),
-        dynamic=dynamic_table(_CPU).data_ptr(),
-        table=table(w.kind, _CPU).data_ptr(),
+        dynamic=ctypes.addressof(_DYNAMIC),
+        table=ctypes.addressof(_TABLES[w.kind]),
         numel=w.numel,
         block_size=w.block_size,
     )
@@ -203,7 +222,7 @@ def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         out=_address(out),
         dtype=DTYPES[dtype],
         level=level(),
-        threads=torch.get_num_threads(),
+        threads=_threads(),
         stream=out.nbytes >= STREAM_BYTES and out.data_ptr() % 64 == 0,
     )
     library().handle.qlorag_nf4_dequantize(ctypes.byref(args))
@@ -214,8 +233,7 @@ class Matmul:
     """y = x Wᵀ over one W [N, K], which it keeps alive. All but x is looked up once, so that a call costs little."""
 
     def __init__(self, w: Packed) -> None:
-        self._tables = (table(w.kind, _CPU), dynamic_table(_CPU))  # kept alive, as is the weight
-        self._parts = (w.packed, w.absmax, *(w.nested or (None, None)))
+        self._parts = (w.packed, w.absmax, *(w.nested or (None, None)))  # kept alive
         self._addresses = [0 if part is None else part.data_ptr() for part in self._parts]
         self.out_features, self.in_features = w.shape
         self._args = _MatmulArgs(
@@ -257,7 +275,7 @@ class Matmul:
                 f"bfloat16 [..., {self.in_features}] on cpu, contiguous (and no lazy negative)"
             )
         y = x.new_empty((*rows, self.out_features))
-        threads = torch.get_num_threads()
+        threads = _threads()
         if not self._run(self._address, _address(x), _address(y), x.numel() // k, DTYPES[x.dtype], threads):
             raise MemoryError(f"no memory for a copy of x, {list(x.shape)}")
         return y
@@ -271,7 +289,7 @@ class Matmul:
                 f"[..., {self.out_features}] on cpu, contiguous, on a processor with a matrix unit"
             )
         dx = dy.new_empty((*rows, self.in_features))
-        count, threads = dy.numel() // n, torch.get_num_threads()
+        count, threads = dy.numel() // n, _threads()
         if not self._run_backward(self._address, _address(dy), _address(dx), count, threads):
             raise MemoryError(f"no memory for a copy of dy, {list(dy.shape)}")
         return dx

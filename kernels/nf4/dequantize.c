@@ -13,7 +13,7 @@
    and is rounded once, to nearest even. This needs -ffp-contract=off, since a fused multiply-add in the decoding
    of double-quantized scales would have other bits.
 
-   The vector loops take 32 elements (16 bytes) at a time and never read past a block; the rest of a ragged last
+   The vector loops run over whole 32 elements (16 bytes) and never read past a block; the rest of a ragged last
    block is scalar. */
 
 typedef struct {
@@ -23,7 +23,7 @@ typedef struct {
     int32_t stream;              /* write past the caches: see STREAM_BYTES in cpu.py */
 } dequantize_args;
 
-static inline int64_t length_of(const dequantize_args *a, int64_t block) {
+INLINE int64_t length_of(const dequantize_args *a, int64_t block) {
     return least(a->q.numel - block * a->q.block_size, a->q.block_size);
 }
 

@@ -143,7 +143,7 @@ TARGET_AVX512 INLINE void fixed_rows_avx512(int first, const int rows, const int
                 scale = _mm512_mask_mov_ps(scale, 0xff00, _mm512_set1_ps(scales[r * units + u + 1]));
             }
             /* The next rows, which the hardware does not foresee while x streams by. */
-            _mm_prefetch((const char *)packed + (r + ROWS) * stride, _MM_HINT_T0);
+            PREFETCH(packed, (r + ROWS) * stride, _MM_HINT_T0);
             __m512i w[VECTORS]; /* the lookup reads 5 bits, and the table stands there twice: nothing is masked off */
             for (int j = 0; j < VECTORS; j++) w[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table);
 #pragma GCC unroll 4
@@ -284,7 +284,7 @@ static void matmul_of_suited(const matmul_args *a, const suited_rows *rows, int3
     }
 }
 
-/* As qlorag_nf4_matmul, for bfloat16. W is read once for as many rows of x as stay in a cache. */
+/* As qlorag_nf4_matmul, for bfloat16. W is read once for as many rows of x as suit and stay in a cache. */
 static int32_t matmul_fixed(const matmul_args *a, const uint16_t *x, uint16_t *y, int64_t rows, int32_t threads) {
     const int64_t k = a->in_features, n = a->out_features, units = k / UNIT;
     const int64_t length = (units + 1) / 2 * 2 * UNIT, scales = (units + 1) / 2 * 2 * GROUPS; /* numbers of a row in fixed point */
@@ -297,15 +297,22 @@ static int32_t matmul_fixed(const matmul_args *a, const uint16_t *x, uint16_t *y
     for (int64_t first = 0; first < rows && had_memory; first += at_once) {
         suited_rows suited;
         suited.count = 0;
-        for (int64_t m = first; m < least(rows, first + at_once); m++) {
+        const int64_t end = least(rows, first + at_once);
+        int64_t others = 0; /* the last rows, if they do not suit; together, since W is then read once for four of them */
+        for (int64_t m = first; m < end; m++) {
             int16_t *const fixed = (int16_t *)(memory + (m - first) * bytes);
             float *const x_scales = (float *)(fixed + length);
-            if (arrange(x + m * k, units, fixed, x_scales)) {
+            const int fits = arrange(x + m * k, units, fixed, x_scales);
+            if (fits) {
                 suited.x[suited.count] = fixed;
                 suited.x_scales[suited.count] = x_scales;
                 suited.y[suited.count++] = y + m * n;
-            } else {
-                had_memory &= matmul_fused(a, x + m * k, y + m * n, 1, BFLOAT16, threads);
+            }
+            others += !fits;
+            if (others && (fits || m + 1 == end)) {
+                const int64_t from = m + 1 - fits - others;
+                had_memory &= matmul_fused(a, x + from * k, y + from * n, others, BFLOAT16, threads);
+                others = 0;
             }
         }
         if (suited.count) matmul_of_suited(a, &suited, threads);

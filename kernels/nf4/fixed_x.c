@@ -3,7 +3,7 @@
 
 enum { VECTORS = 4, LANES = 16, GROUPS = 8 }; /* a unit of x: 4 vectors of 16 elements, two of each to a group */
 enum { BITS = 14 };            /* of n and of t, their signs apart */
-enum { LEAST_EXPONENT = -60 }; /* e; its square and what is made of it are normal numbers */
+enum { LEAST_EXPONENT = -49 }; /* of e, so that the square of a step is still a normal number */
 
 /* The order of a level: where in its unit element i of vector j stands; and which two elements of a vector belong to group
    g, namely one_of(g) and other_of(g). */
@@ -75,9 +75,9 @@ INLINE void to_fixed(const uint16_t *x, const int32_t level, int16_t *n, float *
     }
 }
 
-/* Whether rounding x to n loses no more than bfloat16 itself, 2^-9, even of what is small, where nothing larger covers it
-   because a row of W is zero there. The square of what rounding takes is a twelfth of the step's, in the mean. (So a row of
-   the identity matrix does not suit.) Magnitudes must be such that no square here leaves the normal numbers. */
+/* Whether rounding x to n loses no more than bfloat16 itself, 2^-9. The error, in the mean a twelfth of the step's square, is
+   compared with the small elements alone: where a row of W is zero at the large ones, nothing else is left of the sum. (So a
+   row of the identity matrix does not suit.) Magnitudes are such that every square here is a normal number. */
 static int suits(const row_facts *f) {
     if (f->largest == 0) return 1;
     const int32_t exponent = (int32_t)(f->largest >> 23) - 127;

@@ -1,4 +1,4 @@
-"""The launches of the Triton kernels. Arguments have been checked in ops.py.
+"""The launches of the Triton kernels. Arguments have been checked in checks.py.
 
 Triton is imported by the first launch, so that a machine without a GPU never loads it. With TRITON_INTERPRET=1 set
 before that, the kernels run on tensors of the CPU, in numpy: slow, and how they are tested where there is no GPU.

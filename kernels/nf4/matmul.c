@@ -19,7 +19,7 @@
 
    For that, x is permuted once per call, a fraction of the work of one row of W per row of x.
 
-   Conditions, checked in ops.py: K is a multiple of 64, so that each row starts a unit, and block_size is at least 64, so
+   Conditions, checked in products.py: K is a multiple of 64, so that each row starts a unit, and block_size is at least 64, so
    that a unit has one scale. Blocks may end anywhere else, also in the middle of a row.
 
    Sums are float32. Every y[m][n] is summed in an order that depends on K alone: not on threads, nor on the other rows of
@@ -126,7 +126,7 @@ TARGET_AVX512 INLINE void rows_avx512(int first, const int rows, const int width
         for (int r = 0; r < rows; r++) {
             word[r] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(packed + r * units * (UNIT / 2))));
             /* The next rows, which the hardware does not foresee while x streams by; a line is two units. */
-            if (u % 2 == 0) _mm_prefetch((const char *)packed + (r + ROWS) * units * (UNIT / 2), _MM_HINT_T0);
+            if (u % 2 == 0) PREFETCH(packed, (r + ROWS) * units * (UNIT / 2), _MM_HINT_T0);
             lut[r] = _mm512_mul_ps(table, _mm512_set1_ps(scales[r * units + u]));
         }
         for (int j = 0; j < 4; j++)

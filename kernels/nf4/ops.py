@@ -127,7 +127,9 @@ def dequantize_now(
 
 
 def _dequantize_reference(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    absmax = w.absmax if w.nested is None else reference.dequantize_absmax(w.absmax, w.nested)
+    absmax, nested = w.absmax.view(-1), w.nested
+    if nested is not None:
+        absmax = reference.dequantize_absmax(absmax, Nested(nested.absmax.view(-1), nested.offset.view(())))
     result = reference.dequantize(
         w.packed.view(-1), absmax, shape=w.shape, kind=w.kind, block_size=w.block_size, dtype=dtype
     )

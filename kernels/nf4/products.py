@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import without_autocast
 from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
 from .checks import Packed, check_bias, check_packed, check_x
@@ -57,6 +56,8 @@ def matmul(
     if backend is None and is_traced():
         from .torch_ops import nf4_matmul
 
+        check_x(x, shape, packed.device)
+        check_bias(bias, shape[0], x)
         parts = (packed, absmax, *(nested or (None, None)))
         recorded: Tensor = nf4_matmul(x, *parts, shape[0], kind, block_size)
         return recorded if bias is None else recorded + bias
@@ -91,7 +92,7 @@ def matmul_now(
     elif chosen == "c":
         y = cpu.Matmul(w)(x.contiguous())
     else:
-        with _without_autocast(x.device):
+        with without_autocast(x):
             return F.linear(x, _decode(w, x.dtype), bias)
     return y if bias is None else y.add_(bias)
 
@@ -119,6 +120,7 @@ def matmul_backward(
     if backend is None and is_traced():
         from .torch_ops import nf4_matmul_backward
 
+        check_x(dy, _turned(shape), packed.device, name="dy")
         parts = (packed, absmax, *(nested or (None, None)))
         recorded: Tensor = nf4_matmul_backward(dy, *parts, shape[1], kind, block_size)
         return recorded
@@ -140,7 +142,7 @@ def matmul_backward_now(
 ) -> Tensor:
     """`matmul_backward`, whoever looks on."""
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
-    check_x(dy, (shape[1], shape[0]) if len(shape) == 2 else shape, packed.device, name="dy")
+    check_x(dy, _turned(shape), packed.device, name="dy")
     dy = dy.resolve_neg()
     obstacles = {
         "triton": _why_no_unit(shape, block_size),
@@ -153,13 +155,12 @@ def matmul_backward_now(
         return gpu.matmul_backward(dy, w)
     if chosen == "c":
         return cpu.Matmul(w).backward(dy.contiguous())
-    with _without_autocast(dy.device):
+    with without_autocast(dy):
         return dy @ _decode(w, dy.dtype)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The dtype of x was the caller's choice, and the result has it whichever backend runs."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+def _turned(shape: Sequence[int]) -> Sequence[int]:
+    return (shape[1], shape[0]) if len(shape) == 2 else shape
 
 
 def _decode(w: Packed, dtype: torch.dtype) -> Tensor:

@@ -63,7 +63,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
         scaled, scales = _scale_blocks(x, block_size)
         absmax[start // block_size :][: scales.numel()] = scales
         bounds, codes = thresholds(kind, w.device)
-        # A tie goes to the lower code: bucketize counts the thresholds strictly below x.
+        # A tie goes to the lower number: bucketize counts the thresholds strictly below x.
         code = codes[torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), bounds, out_int32=True)]
         packed[start // 2 :][: code.numel() // 2] = code[0::2] << 4 | code[1::2]
     if not torch.isfinite(absmax).all():

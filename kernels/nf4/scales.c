@@ -1,7 +1,7 @@
-/* Scales, decoded: of a block, of many, and of units, which are what the products take at a time: a block is 2^shift units
-   of one row or of two.
+/* Scales, decoded: of a block, of many blocks, and of units, the 64 codes that a product takes at a time. A block is 2^shift
+   units, and crosses any number of rows.
 
-   A scale costs more than it seems to: there are few, but each takes as long as the products of some 16 codes. */
+   Decoding one scale takes as long as multiplying some 16 codes, so it is worth vector instructions. */
 
 /* The scale of one block; double-quantized scales are decoded here, two roundings as in the reference. Any NaN
    becomes the plain one, whose low bits are 0: then rounding by addition keeps it a NaN. */
@@ -27,13 +27,14 @@ INLINE void spread_one(float *out, int64_t u, int64_t first, int64_t block, int 
     out[u] = out[((first + u) >> shift) - block];
 }
 
-static void spread(float *out, int64_t count, int64_t first, int64_t block, int shift) {
+static void spread_plain(float *out, int64_t count, int64_t first, int64_t block, int shift) {
     while (count-- > 0) spread_one(out, count, first, block, shift);
 }
 
 #ifdef X86
 
-/* Eight units, or 16, lie in as many blocks or fewer, one behind the other: `left` is the first of them. */
+/* 8 (16) units in a row touch at most 8 (16) blocks in a row, from `left` on: one load has their scales, one permutation
+   spreads them. */
 
 TARGET_AVX2 static void spread_avx2(float *out, int64_t count, int64_t first, int64_t block, int shift) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -102,5 +103,5 @@ static void scales_of_units(const packed_tensor *q, int32_t level, int64_t first
 #endif
     (void)level;
     scales_of(q, block, blocks, out);
-    if (shift) spread(out, count, first, block, shift);
+    if (shift) spread_plain(out, count, first, block, shift);
 }

@@ -14,6 +14,8 @@ import threading
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 
 class _Scratch(threading.local):
     """One growing buffer per thread and dtype."""
@@ -27,6 +29,8 @@ _scratch = _Scratch()
 
 def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory of the CPU of `shape`, valid until this thread's next `take` of this dtype."""
+    if is_traced():  # what is made now may have no memory later
+        return torch.empty(shape, dtype=dtype, device="cpu")
     numel = torch.Size(shape).numel()
     buffer = _scratch.buffers.get(dtype)
     if buffer is None or buffer.numel() < numel:

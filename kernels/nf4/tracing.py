@@ -1,8 +1,15 @@
-"""Whether torch is recording what is called, rather than only running it."""
+"""Whether torch is recording what is called, rather than only running it, and what then must not be kept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def is_traced() -> bool:
@@ -17,3 +24,14 @@ def is_traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """`make`, which gives tensors, its results kept; but not those made under a tracer, which may have no memory."""
+    keep = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> T:
+        return make(*args, **kwargs) if is_traced() else keep(*args, **kwargs)
+
+    return get

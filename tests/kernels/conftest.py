@@ -354,6 +354,13 @@ def large_calls() -> Iterable[Call]:
     yield product_call(3, 576, 701, torch.bfloat16, 64, double_quant=True)
 
 
+def large_matrix_unit_calls() -> Iterable[Call]:
+    """The same for tiles: few rows, many, and the gradient; each thread has memory of its own."""
+    yield product_call(16, 1088, 701, torch.bfloat16, 64, double_quant=True)
+    yield product_call(33, 576, 701, torch.bfloat16, 64, double_quant=True)
+    yield backward_call(33, 576, 701, 64, double_quant=True)
+
+
 @pytest.fixture(scope="session")
 def calls() -> dict[str, list[Call]]:
     """What the kernels are asked as a program, by operation."""
@@ -363,4 +370,5 @@ def calls() -> dict[str, list[Call]]:
         "matmul": [*identity_calls(), *product_calls()],
         "matrix unit": list(matrix_unit_calls()),
         "large": list(large_calls()),
+        "large, matrix unit": list(large_matrix_unit_calls()),
     }

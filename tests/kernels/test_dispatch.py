@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
-from qlorag.kernels import dispatch
+from qlorag.kernels import dispatch, nf4
 from qlorag.kernels.cross_entropy import linear_cross_entropy
 from qlorag.kernels.lora import add_lora
 from qlorag.kernels.rms_norm import rms_norm
@@ -72,9 +72,13 @@ def test_what_is_listed_is_what_can_be_named(no_gpu: None) -> None:
 def test_every_operation_follows_this_rule_or_lists_its_own() -> None:
     """`available_backends` says triton and torch of whoever is named: so they must choose by this rule."""
     for folder in (path.parent for path in KERNELS.glob("*/reference.py")):
-        text = (folder / "ops.py").read_text()
-        if folder.name != "nf4":
-            assert re.search(r"from \.\.dispatch import .*\bchoose_backend\b", text), folder.name
+        ops = importlib.import_module(f"qlorag.kernels.{folder.name}.ops")
+        if folder.name == "nf4":
+            listed = {(status.operation, status.backend) for status in nf4.available_backends()}
+            operations = ("nf4.quantize", "nf4.dequantize", "nf4.matmul", "nf4.matmul_backward")
+            assert listed == {(name, backend) for name in operations for backend in ("triton", "c", "reference")}
+        else:
+            assert ops.choose_backend is dispatch.choose_backend, folder.name
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,25 @@ def test_levels_are_refused_by_name(monkeypatch):
         nf4.dequantize(packed, absmax, shape=(64,))
 
 
+@pytest.mark.parametrize("backend", ["reference", "c", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parts_may_have_any_shape(backend, dtype):
+    """As bitsandbytes stores codes [n, 1], and somebody may store scales [N, blocks of a row]."""
+    if backend == "c" and dtype == torch.float64:
+        pytest.skip("C decodes to at most 32 bits")
+    packed, absmax = nf4.quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
+    codes, nested = nf4.quantize_absmax(absmax)
+    options = {"shape": (64, 256), "dtype": dtype, "backend": backend}
+    plain, double = nf4.dequantize(packed, absmax, **options), nf4.dequantize(packed, codes, nested=nested, **options)
+    packed, absmax, codes = packed[:, None], absmax.view(64, 4), codes.view(64, 4)
+    nested = Nested(nested.absmax[None], nested.offset[None])
+    assert torch.equal(nf4.dequantize(packed, absmax, **options), plain)
+    assert torch.equal(nf4.dequantize(packed, codes, nested=nested, **options), double)
+    x = torch.ones(1, 256, dtype=torch.float64)
+    y = nf4.matmul(x, packed, codes, shape=(64, 256), nested=nested)
+    assert torch.equal(y, x @ nf4.dequantize(packed, codes, nested=nested, **options | {"backend": None}).double().T)
+
+
 # Bad input.
 
 

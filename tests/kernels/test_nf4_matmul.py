@@ -196,7 +196,7 @@ def test_a_prepared_product_refuses(x):
         product.backward(torch.ones(1, 64))
 
 
-# A few rows of bfloat16 (fixed.c): a weight is round(2^14 table[code]) / 2^14 times its scale.
+# A few rows of bfloat16 (fixed.c): a weight is round(D table[code]) / D times its scale.
 
 FEW = 4  # rows: from 5 on the matrix unit takes over, where there is one
 
@@ -236,15 +236,16 @@ def test_in_fixed_point_outliers_take_nothing_from_their_neighbours(level):
 def test_in_fixed_point_small_results_survive_a_processor_without_subnormal_numbers(level):
     """Nothing on the way is much smaller than x, w and y."""
     w = packed_weight(1024, 1024)
-    x = (torch.randn(1, 1024, generator=generator()) * 2.0**-90).bfloat16()
+    x = (torch.randn(1, 1024, generator=generator()) * 2.0**-38).bfloat16()
     y = nf4.matmul(x, **w, backend="c")
+    assert (y != nf4.matmul(x.float(), **w, backend="c").bfloat16()).any()  # it was in fixed point
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot go without")
     try:
         assert torch.equal(nf4.matmul(x, **w, backend="c"), y)
     finally:
         torch.set_flush_denormal(False)
-    assert (y / 2.0**-90 - nf4.matmul(x.float() / 2.0**-90, **w, backend="c")).abs().max() < 0.5
+    assert (y / 2.0**-38 - nf4.matmul(x.float() / 2.0**-38, **w, backend="c")).abs().max() < 0.5
 
 
 def test_in_fixed_point_every_power_of_two(level):
@@ -254,8 +255,26 @@ def test_in_fixed_point_every_power_of_two(level):
     y = nf4.matmul(x, **w, backend="c")
     for power in range(-110, 110):
         scaled = nf4.matmul(x * 2.0**power, **w, backend="c") / 2.0**power
-        assert (scaled != y).float().mean() < 0.15 if abs(power) > 35 else torch.equal(scaled, y), power
+        assert (scaled != y).float().mean() < 0.15 if abs(power) > 37 else torch.equal(scaled, y), power
         torch.testing.assert_close(scaled, y, rtol=2.0**-7, atol=0)
+
+
+@pytest.mark.parametrize("suits", ["", "-", "x", "---x", "x---", "--x-----x-x"])
+def test_in_fixed_point_rows_that_do_not_suit_are_multiplied_together(level, suits):
+    """As alone, wherever they stand."""
+    w = packed_weight(37, 192)
+    x = torch.randn(len(suits), 192, generator=generator()).bfloat16()
+    for m, sign in enumerate(suits):
+        if sign == "-":
+            x[m, 1:] = 0
+    if level == "amx":
+        x = x[:FEW]
+    y = nf4.matmul(x, **w, backend="c")
+    assert y.shape == (len(x), 37)
+    for m, row in enumerate(x):
+        assert torch.equal(y[m], nf4.matmul(row, **w, backend="c"))
+        if suits[m] == "-":
+            assert torch.equal(y[m], nf4.matmul(row.float(), **w, backend="c").bfloat16())
 
 
 @pytest.mark.parametrize("sign", [1, -1])

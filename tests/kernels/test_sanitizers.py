@@ -1,8 +1,8 @@
 """AddressSanitizer and UndefinedBehaviorSanitizer over the C kernels: every operation at every instruction set.
 
 driver.c runs them outside of Python, each buffer in a heap allocation of exactly its size, so that one byte read or
-written beyond is an error. It is built without OpenMP, whose runtime is not instrumented: each task then runs on the
-one thread, and touches the same bytes as it would on another. NEON is in test_neon.py, with closed pages instead.
+written beyond is an error. It is built without OpenMP, where each task runs on the one thread, and with it for what is
+large enough to be divided. NEON is in test_neon.py, with closed pages instead.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ def driver(build_driver):
 @pytest.mark.parametrize("operation", ["dequantize", "quantize", "matmul", "large"])
 def test_nothing_outside_the_buffers_nothing_undefined(driver, calls, level, operation):
     driver.check(calls[operation], level)
+
+
+@pytest.fixture(scope="module")
+def threaded(build_driver):
+    return build_driver("cc", *FLAGS, "-fopenmp")
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_several_threads(threaded, calls, level, threads):
+    large = calls["large"] + (calls["large, matrix unit"] if level == "amx" else [])
+    threaded.check([dataclasses.replace(call, threads=threads) for call in large], level)
 
 
 def test_the_matrix_unit(driver, calls, matrix_unit):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from qlorag.kernels import nf4
@@ -92,6 +95,52 @@ def test_fake_tensors():
         ):
             with pytest.raises(nf4.QuantizationError, match=r"has no memory \(a fake or traced one\?\)"):
                 call()
+
+
+@pytest.mark.parametrize("backend", ["c", "reference", None])
+def test_nothing_made_under_fake_tensors_is_kept(backend):
+    """In a process whose first call is one of these: what is kept from it serves the real ones that follow."""
+    code = f"""
+import contextlib, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from qlorag.kernels import nf4
+from qlorag.quant.dynamic8bit import dequantize8, quantize8
+
+def run(w, backend):
+    packed, absmax = nf4.quantize(w, backend=backend)
+    codes, nested = nf4.quantize_absmax(absmax, backend=backend)
+    weight = dict(packed=packed, absmax=codes, shape=(48, 64), nested=nested)
+    out = nf4.dequantize(**weight, out=torch.empty(48, 64), backend=backend)
+    y = nf4.matmul(torch.ones(100, 64), **weight, backend=backend)
+    return out, y, dequantize8(*quantize8(w, signed=True), signed=True)
+
+for allow in (False, True):
+    with FakeTensorMode(allow_non_fake_inputs=allow), contextlib.suppress(Exception):
+        run(torch.randn(48, 64), {backend!r})
+w = torch.randn(48, 64)
+for a, b in zip(run(w, None), run(w, "reference")):
+    assert type(a) is torch.Tensor and torch.allclose(a, b, atol=1e-4), (a, b)
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-2000:]
+
+
+def test_a_traced_product_refuses_what_an_eager_one_refuses():
+    w = dict(zip(("packed", "absmax"), parts(48, 64, double_quant=False), strict=False), shape=(48, 64))
+    product = torch.compile(nf4.matmul, backend="aot_eager")
+    backward = torch.compile(nf4.matmul_backward, backend="aot_eager")
+    for call, message in (
+        (
+            lambda: product(torch.ones(2, 64, requires_grad=True), **w),
+            "x requires a gradient, and this product has none",
+        ),
+        (lambda: product(torch.ones(2, 64, dtype=torch.bfloat16), **w, bias=torch.ones(48)), "bias is torch.float32"),
+        (lambda: product(torch.ones(2, 63), **w), r"x has shape \[2, 63\]"),
+        (lambda: backward(torch.ones(2, 47), **w), r"dy has shape \[2, 47\]"),
+    ):
+        with pytest.raises(nf4.QuantizationError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("rows", [2, 500])

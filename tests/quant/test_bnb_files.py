@@ -58,6 +58,19 @@ def test_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_has_no_part_in_it(dtype: torch.dtype) -> None:
+    w = randn(8, 64)
+    q = quantize(w, double_quant=True)
+    want = to_bnb(q, NAME)
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same_bytes(to_bnb(q, NAME), want)
+        assert_same_bytes(to_bnb(quantize(w, double_quant=True), NAME), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # 23 x 45: an odd number of weights, a ragged last block, rows that end inside a block. 300 x 64: two nested blocks.
 @pytest.mark.parametrize("shape", [(23, 45), (1, 1), (300, 64)], ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])

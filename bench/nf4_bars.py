@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nf4_names import AS_DOCUMENTED, DENSE, KERNEL, OURS, OURS_DECODE, PUBLIC, REPACKED
+from nf4_reasons import REASONS
 
 GELEM = {"bfloat16": 12.0, "float32": 6.0}  # 10^9 elements decoded per second
 AT_MOST_OF_ONE_ROW = {4: 2.2, 8: 4.0}
@@ -174,7 +175,13 @@ How each is measured stands in `bench_nf4.py` and its neighbours `nf4_*.py`.
         )
     rows = ["| work | reached | asked | |", "|---|---:|---:|---|"]
     rows += [f"| {' | '.join(bar.cells())} |" for bar in found]
-    return "\n".join([head, where, "", *rows, "", gpu_line(result)]) + "\n"
+    return "\n".join([head, where, "", *rows, "", *_why(found), gpu_line(result)]) + "\n"
+
+
+def _why(found: list[Bar]) -> list[str]:
+    missed = [bar.work for bar in found if not bar.met]
+    texts = [f"- **{reason.what}.** {reason.why}" for reason in REASONS if any(map(reason.fits, missed))]
+    return ["Why bars are missed, and what would get there:", "", *texts, ""] if texts else []
 
 
 def gpu_line(result: dict[str, Any]) -> str:

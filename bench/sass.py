@@ -12,6 +12,8 @@ code:
                 there is none, of the result. The hot code of a kernel with a loop is the loop, of one without it
                 everything.
     regs        registers of a thread; "spill" counts bytes of stack and local memory, which must be 0
+    shared      bytes of shared memory of a program
+    BAR         barriers in the hot code
     LDG, STG    widths in bits of the loads and stores of global memory in the hot code
     MMA         tensor-core instructions in the hot code
 
@@ -244,8 +246,8 @@ def _output(compiled: Any, tool: str, *options: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS), help="default: all of them")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="default: %(default)s")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--dump", action="store_true", help="print the machine code too")
     parser.add_argument("--page", type=Path, help="write the page there: all for bfloat16, those of nf4 for float32")

@@ -49,7 +49,7 @@ class AdamW8bit:
     Attributes: `steps`, how many updates were made; `m`, `v`, {name: uint8 codes, or float32 if small, of the
         parameter's shape}; `m_absmax`, `v_absmax`, {name: float32 [ceil(numel / 256)]} of those in 8 bits. A resumed
         run needs these five.
-    Raises QuantizationError: a parameter is not float32, bfloat16 or float16.
+    Raises QuantizationError: a parameter is not float32, bfloat16 or float16, or a number is out of its range.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class AdamW8bit:
         eps: float = 1e-8,
         min_8bit_size: int = MIN_8BIT_SIZE,
     ) -> None:
+        if not isinstance(parameters, Mapping):
+            raise QuantizationError(f"parameters is a {type(parameters).__name__}: wanted {{name: parameter}}")
+        _check("betas", betas[0], below=1.0)
+        _check("betas", betas[1], below=1.0)
+        _check("eps", eps)
+        _check("weight_decay", weight_decay)
         self.parameters = dict(parameters)
         self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.steps = 0
@@ -84,8 +90,9 @@ class AdamW8bit:
 
         Gradients are taken as they are, as in the 32-bit form: the caller throws a step away whose gradient is not
         finite (`recipes.adamw.clip_gradients` tells). One NaN would spoil its whole block of 256 for good.
-        Raises QuantizationError: a gradient is sparse; nothing was updated.
+        Raises QuantizationError: a gradient is sparse, or lr no finite number from 0; nothing was updated.
         """
+        _check("lr", lr)
         for name, p in self.parameters.items():
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise QuantizationError(f"{name}.grad is {p.grad.layout}: wanted a dense one; use sparse=False")
@@ -114,10 +121,11 @@ class AdamW8bit:
         absmax = getattr(self, f"{kind}_absmax")
         if name not in absmax:
             return  # `x` is the stored tensor
-        codes, absmax[name] = quantize8(x, signed=_SIGNED[kind])
+        codes, scales = quantize8(x, signed=_SIGNED[kind])
         if kind == "v":
             codes.clamp_(min=1)  # not zero; in a block of zeros absmax is 0, and so is what is read back
-        getattr(self, kind)[name] = codes
+        getattr(self, kind)[name].copy_(codes)
+        absmax[name].copy_(scales)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -130,7 +138,10 @@ class AdamW8bit:
         return sum(t.nbytes for t in self.state().values())
 
     def state(self) -> dict[str, Tensor]:
-        """The moments as {"m.NAME": codes, "m_absmax.NAME": scales, "v.NAME": ...}; `steps` is not among them."""
+        """The moments as {"m.NAME": codes, "m_absmax.NAME": scales, "v.NAME": ...}; `steps` is not among them.
+
+        They are the tensors that `step` updates: clone them to come back to them later.
+        """
         kinds = ("m", "m_absmax", "v", "v_absmax")
         return {f"{kind}.{name}": t for kind in kinds for name, t in getattr(self, kind).items()}
 
@@ -140,14 +151,21 @@ class AdamW8bit:
         odd = sorted(key for key in {*wanted, *state} if not _alike(wanted.get(key), state.get(key)))
         if odd:
             got, want = state.get(odd[0]), wanted.get(odd[0])
-            said = [f"{t.dtype} {list(t.shape)}" if t is not None else "nothing" for t in (got, want)]
+            said = [f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else "nothing" for t in (got, want)]
             raise ValueError(
                 f"{odd[0]}: got {said[0]}, wanted {said[1]} ({len(odd)} such): the state of another model, or optimizer"
             )
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps={steps!r}, wanted a whole number from 0")
         for key, t in wanted.items():
             t.copy_(state[key])
         self.steps = steps
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype)
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _check(name: str, value: float, *, below: float = math.inf) -> None:
+    if not (isinstance(value, float | int) and 0 <= value < below):
+        raise QuantizationError(f"{name}={value!r}: wanted a number from 0 to less than {below:g}")

@@ -187,7 +187,8 @@ def _nested_offset(key: str, fields: dict[str, Any]) -> float:
 
 def _take(tensors: dict[str, Tensor], key: str) -> Tensor:
     if key not in tensors:
-        raise QuantizationError(f"{key}: got no such tensor, wanted one beside {', '.join(tensors)}: {_DAMAGED}")
+        beside = f" beside {', '.join(tensors)}" if tensors else ""
+        raise QuantizationError(f"{key}: got no such tensor, wanted one{beside}: {_DAMAGED}")
     return tensors.pop(key)
 
 

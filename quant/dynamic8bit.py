@@ -28,10 +28,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import kept
 from ..kernels.nf4 import QuantizationError
 from ..kernels.nf4.codebook import DYNAMIC, DYNAMIC_UNSIGNED, midpoints
 from ..kernels.nf4.reference import TINY
-from ..kernels.nf4.tracing import kept
 
 BLOCK_SIZE = 256
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import nf4
+from ..kernels.dispatch import has_tangent, is_traced
 from ..kernels.nf4 import Kind, QuantizationError
 from .tensor import QuantizedTensor, dequantize, quantize
 
@@ -149,11 +150,13 @@ class QuantizedLinear(nn.Module):
             raise QuantizationError(f"x is {list(x.shape)}: wanted [..., {self.in_features}]")
         if x.device != self.packed.device:
             raise QuantizationError(f"x is on {x.device}, the weight on {self.packed.device}: move them together")
+        if has_tangent(x):
+            raise QuantizationError("x has a tangent, and this layer no forward-mode derivative: use backward()")
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if nf4.is_traced():
+        if is_traced():
             parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
             compiled: Tensor = nf4.nf4_matmul(x, *parts, self.out_features, self.kind, self.block_size)
             return compiled if bias is None else compiled + bias

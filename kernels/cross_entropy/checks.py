@@ -23,6 +23,8 @@ def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
     """Raise ValueError: a label is outside the vocabulary. This looks at values, which a compiler cannot."""
+    if labels.is_meta:
+        raise ValueError("labels are on meta, where tensors have no values: load them first")
     least, most = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
     if least < 0 or most >= vocabulary:
         raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import choose_backend, without_autocast
+from ..dispatch import choose_backend, is_traced, without_autocast
 from . import rows, slices, torch_ops
 from .checks import check_arguments, check_labels
 
@@ -33,7 +33,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, back
     Raises ValueError: shapes or dtypes do not fit, a label is outside the vocabulary, or a named backend cannot run.
     """
     check_arguments(hidden, weight, labels)
-    if backend is None and torch.compiler.is_compiling():
+    if backend is None and is_traced():
         wants_h, wants_w = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
         loss: Tensor = torch_ops.loss_and_gradients(hidden, weight, labels, wants_h, wants_w)[0]
         return loss
@@ -61,4 +61,5 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """G [] -> (dh, dW), each only if asked for."""
         dh, dw = ctx.saved_tensors
-        return None if dh is None else dh * g.to(dh.dtype), None if dw is None else dw * g.to(dw.dtype), None, None
+        # g stays float32, as float16 does not hold a loss scale of 65536; a number alone does not widen the product
+        return None if dh is None else dh * g, None if dw is None else dw * g, None, None

@@ -50,8 +50,8 @@ def _gradient(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     # the gradients themselves are not differentiated: what comes back for them is not looked at
     dh, dw = ctx.saved_tensors
     return (
-        dh * g.to(dh.dtype) if ctx.wants_hidden else None,
-        dw * g.to(dw.dtype) if ctx.wants_weight else None,
+        dh * g if ctx.wants_hidden else None,
+        dw * g if ctx.wants_weight else None,
         *[None] * 3,
     )
 

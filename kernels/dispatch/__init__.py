@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import has_tangent, is_traced, kept
+
 __all__ = [
     "BACKENDS",
     "FLOATS",
@@ -25,6 +27,9 @@ __all__ = [
     "available_backends",
     "check_together",
     "choose_backend",
+    "has_tangent",
+    "is_traced",
+    "kept",
     "launching_on",
     "processors",
     "why_no_triton",
@@ -77,7 +82,7 @@ def check_together(*, labels: Tensor | None = None, **tensors: Tensor) -> None:
     A kernel would read another device's memory; and of whole numbers the formulas make nonsense.
     """
     for name, t in tensors.items():
-        if not t.is_floating_point():
+        if t.dtype not in (*FLOATS, torch.float64):
             raise ValueError(f"{name} is {t.dtype}: wanted float32, float16, bfloat16 or float64")
     (first, x), *others = tensors.items()
     for name, t in others if labels is None else [*others, ("labels", labels)]:

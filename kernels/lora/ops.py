@@ -22,6 +22,7 @@ base first, and moves as many.) z, g, dx, dA and dB are products with nothing to
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def add_lora(
         )
     if base.dtype != x.dtype:
         raise ValueError(f"base is {base.dtype} and x {x.dtype}, wanted one dtype: convert x")
+    if not (isinstance(scaling, float | int) and math.isfinite(scaling)):
+        raise ValueError(f"scaling={scaling!r}, wanted a finite number")
     check_together(base=base, x=x, lora_A=lora_A, lora_B=lora_B)
     on_gpu = choose_backend(base, backend) == "triton"
     y: Tensor = AddLoRAFunction.apply(base, x, lora_A, lora_B, scaling, on_gpu)  # type: ignore[no-untyped-call]

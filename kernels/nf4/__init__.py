@@ -12,7 +12,6 @@ from .ops import dequantize, quantize, quantize_absmax
 from .products import FUSED_ROWS, fused_rows, matmul, matmul_backward, prepare_matmul
 from .reference import Nested
 from .torch_ops import nf4_matmul
-from .tracing import is_traced
 
 __all__ = [
     "BLOCK_SIZES",
@@ -29,7 +28,6 @@ __all__ = [
     "check_kind",
     "dequantize",
     "fused_rows",
-    "is_traced",
     "matmul",
     "matmul_backward",
     "nf4_matmul",

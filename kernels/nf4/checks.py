@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import has_tangent
 from .codebook import Kind, check_kind
 from .errors import QuantizationError
 from .reference import NESTED_BLOCK_SIZE, Nested
@@ -35,6 +36,7 @@ class Packed(NamedTuple):
 
 def check_weight(w: Tensor) -> None:
     """Raise QuantizationError unless `w` can be quantized, but for its values."""
+    _check_tensor("w", w)
     if w.dtype not in FLOATS:
         raise QuantizationError(f"w is {w.dtype}: quantize takes float32, float16 or bfloat16; convert it first")
     if w.numel() == 0:
@@ -42,8 +44,15 @@ def check_weight(w: Tensor) -> None:
     _check_memory("w", w)
 
 
+def check_values(name: str, t: Tensor) -> None:
+    """Raise QuantizationError unless `t` has values to look at."""
+    if t.is_meta:
+        raise QuantizationError(f"{name} is on meta, where tensors have no values: load it first")
+
+
 def check_absmax(absmax: Tensor) -> None:
     """Raise QuantizationError unless `absmax` can be quantized a second time, but for its values."""
+    _check_tensor("absmax", absmax)
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or absmax.numel() == 0:
         raise QuantizationError(f"absmax is {absmax.dtype} {list(absmax.shape)}: wanted float32 [blocks]")
     _check_memory("absmax", absmax)
@@ -51,6 +60,7 @@ def check_absmax(absmax: Tensor) -> None:
 
 def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str = "x") -> None:
     """Raise QuantizationError unless `x` can be multiplied by a weight of `shape`."""
+    _check_tensor(name, x)
     if len(shape) != 2:
         raise QuantizationError(f"shape={list(shape)}: the weight of a product has shape [N, K]")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
@@ -63,10 +73,14 @@ def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str 
         raise QuantizationError(
             f"{name} requires a gradient, and this product has none: use quant.QuantizedLinear, or torch.no_grad()"
         )
+    if has_tangent(x):
+        raise QuantizationError(f"{name} has a tangent, and this product no forward-mode derivative")
 
 
 def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
     """Raise QuantizationError unless `bias` can be added to a product with `x`."""
+    if bias is not None:
+        _check_tensor("bias", bias)
     if bias is not None and (tuple(bias.shape), bias.dtype, bias.device) != ((out_features,), x.dtype, x.device):
         raise QuantizationError(
             f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}: wanted {x.dtype} [{out_features}] on {x.device}"
@@ -96,6 +110,8 @@ def check_packed(
             raise QuantizationError("absmax is uint8 but nested is missing: pass nested=Nested(absmax, offset)")
         _check_part("absmax", absmax, torch.float32, blocks, packed.device)
     else:
+        if not isinstance(nested, Nested):
+            raise QuantizationError(f"nested is a {type(nested).__name__}: wanted nf4.Nested(absmax, offset)")
         _check_part("absmax", absmax, torch.uint8, blocks, packed.device)
         nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
         _check_part("nested.absmax", nested.absmax, torch.float32, nested_blocks, packed.device)
@@ -118,6 +134,14 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device:
     _check_memory(name, part)
 
 
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise QuantizationError(f"{name} is a {type(t).__name__}: wanted a tensor")
+    if t.layout != torch.strided or t.is_nested:
+        kind = "nested" if t.is_nested else str(t.layout)
+        raise QuantizationError(f"{name} is {kind}: wanted an ordinary, dense tensor")
+
+
 def _check_memory(name: str, t: Tensor) -> None:
     """Raise QuantizationError unless the elements of `t` lie in memory in their order, and as they are."""
     if not t.is_contiguous():
@@ -128,7 +152,10 @@ def _check_memory(name: str, t: Tensor) -> None:
         raise QuantizationError(f"{name} is a negative that torch has not written out: pass {name}.resolve_neg()")
 
 
-def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+def check_out(out: Tensor, dtype: torch.dtype, w: Packed) -> None:
+    """Raise QuantizationError unless W in `dtype` can be written there."""
+    _check_tensor("out", out)
+    shape, device = w.shape, w.packed.device
     got, want = (tuple(out.shape), out.dtype, out.device), (tuple(shape), dtype, device)
     if got != want:
         raise QuantizationError(
@@ -138,3 +165,16 @@ def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: tor
         raise QuantizationError(f"out is not contiguous (strides {out.stride()}), or a negative not written out")
     if out.requires_grad and torch.is_grad_enabled():
         raise QuantizationError("out requires a gradient, and what is written there has none: pass out.detach()")
+    parts = (w.packed, w.absmax) if w.nested is None else (w.packed, w.absmax, *w.nested)
+    if any(_overlap(out, part) for part in parts):
+        raise QuantizationError("out shares memory with what is decoded into it: pass memory of its own")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors have a byte in common."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = (
+        (t.storage_offset() * t.element_size(), t.storage_offset() * t.element_size() + t.nbytes) for t in (a, b)
+    )
+    return a_begin < b_end and b_begin < a_end

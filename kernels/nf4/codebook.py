@@ -32,8 +32,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..dispatch import kept
 from .errors import QuantizationError
-from .tracing import kept
 
 Kind = Literal["nf4", "fp4"]
 
@@ -174,4 +174,5 @@ def dynamic_grid(device: torch.device) -> Tensor:
 def grid_codes() -> npt.NDArray[np.uint8]:
     """[65536]: as dynamic_grid, and made here, because a GPU divides by a constant in another way."""
     grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
-    return np.searchsorted(np.array(midpoints(list(DYNAMIC)), dtype=np.float32), grid).astype(np.uint8)
+    codes: npt.NDArray[np.int64] = np.searchsorted(np.array(midpoints(list(DYNAMIC)), dtype=np.float32), grid)
+    return codes.astype(np.uint8)

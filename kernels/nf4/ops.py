@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..dispatch import is_traced
 from . import cpu, gpu, reference
 from .backends import choose_backend
-from .checks import FLOATS, Packed, check_absmax, check_block_size, check_out, check_packed, check_weight
+from .checks import FLOATS, Packed, check_absmax, check_block_size, check_out, check_packed, check_values, check_weight
 from .codebook import check_kind
 from .errors import QuantizationError
 from .reference import Nested
-from .tracing import is_traced
 
 
 def quantize(
@@ -43,6 +43,7 @@ def quantize_now(w: Tensor, *, kind: str, block_size: int, backend: str | None =
     known = check_kind(kind)
     check_block_size(block_size)
     check_weight(w)
+    check_values("w", w)
     return QUANTIZE[choose_backend(w.device, w.dtype, backend)](w, kind=known, block_size=block_size)
 
 
@@ -63,6 +64,7 @@ def quantize_absmax(absmax: Tensor, *, backend: str | None = None) -> tuple[Tens
 def quantize_absmax_now(absmax: Tensor, *, backend: str | None = None) -> tuple[Tensor, Nested]:
     """`quantize_absmax`, whoever looks on."""
     check_absmax(absmax)
+    check_values("absmax", absmax)
     return QUANTIZE_ABSMAX[choose_backend(absmax.device, absmax.dtype, backend)](absmax)
 
 
@@ -119,7 +121,7 @@ def dequantize_now(
     if dtype not in (*FLOATS, torch.float64):
         raise QuantizationError(f"dtype={dtype}: dequantize gives float32, float16, bfloat16 or float64")
     if out is not None:
-        check_out(out, shape, dtype, packed.device)
+        check_out(out, dtype, w)
     result = DEQUANTIZE[choose_backend(packed.device, dtype, backend)](w, dtype, out)
     if out is not None and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # so that autograd notices, should it have kept what was there

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import without_autocast
+from ..dispatch import is_traced, without_autocast
 from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
 from .checks import Packed, check_bias, check_packed, check_x
+from .errors import QuantizationError
 from .ops import DEQUANTIZE
 from .reference import Nested
-from .tracing import is_traced
 
 FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 128}
 # On a GPU; not measured. A fused product decodes W once per 128 rows (float32: 32), dequantize and cuBLAS once in all.
@@ -183,6 +183,8 @@ def prepare_matmul(
     Raises QuantizationError: an argument that does not fit.
     """
     w = check_packed(packed, absmax, nested, shape, kind, block_size)
+    if len(shape) != 2:
+        raise QuantizationError(f"shape={list(shape)}: the weight of a product has shape [N, K]")
     if why_not_c(packed.device, torch.float32) or _why_not_fused(shape, block_size):
         return None
     return cpu.Matmul(w)

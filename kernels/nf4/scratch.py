@@ -14,7 +14,7 @@ import threading
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from ..dispatch import is_traced
 
 
 class _Scratch(threading.local):

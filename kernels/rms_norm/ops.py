@@ -17,6 +17,7 @@ takes the rounding for no change, as autograd does, and uses n as it was before 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
     """
     if weight.ndim != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)}, wanted [..., D] and [D]")
+    if not (isinstance(eps, float | int) and 0 <= eps < math.inf):
+        raise ValueError(f"eps={eps!r}, wanted a number from 0")
     check_together(x=x, weight=weight)
     on_gpu = choose_backend(x, backend, obstacle=lambda: _obstacle(x, weight)) == "triton"
     if not torch.is_grad_enabled():

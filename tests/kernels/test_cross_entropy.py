@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from qlorag.kernels.cross_entropy import linear_cross_entropy, slices, torch_ops
 from qlorag.kernels.cross_entropy.reference import linear_cross_entropy as reference
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -125,7 +126,10 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest memory that an operation made, views and results in place left out."""
+    """Elements of the largest memory that an operation made, views and results in place left out.
+
+    Under a mode the loss is one operation; with its backend named, those it consists of.
+    """
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -145,10 +149,10 @@ def test_logits_of_all_rows_and_words_never_exist(dtype: torch.dtype, monkeypatc
     hidden, weight, labels = inputs(100, 8, 1000, dtype)
     frozen = weight.detach()
     with Largest(hidden, frozen) as seen:
-        linear_cross_entropy(hidden, frozen, labels).backward()
+        linear_cross_entropy(hidden, frozen, labels, backend="torch").backward()
     assert seen.elements == 25 * 64  # 100 rows in blocks of at most 32, alike
     with Largest(hidden, weight) as seen:
-        linear_cross_entropy(hidden, weight, labels).backward()
+        linear_cross_entropy(hidden, weight, labels, backend="torch").backward()
     assert seen.elements == weight.numel()
     with Largest(hidden, weight) as seen:
         reference(hidden, weight, labels)
@@ -251,6 +255,28 @@ def test_it_compiles_into_one_graph(wants, dtype):
         torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")(
             hidden, weight, torch.tensor([0, 1, 2, 3, 300])
         )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_scale_beyond_float16(compiled):
+    """GradScaler begins with 65536, which is infinity in float16; the gradients that it scales are small."""
+    hidden, weight, labels = inputs(4, 64, 500, torch.float16)
+    leaves = [(t * 1e-2).detach().requires_grad_() for t in (hidden, weight)]
+    compute = torch.compile(linear_cross_entropy, backend="aot_eager") if compiled else linear_cross_entropy
+    (dh,) = torch.autograd.grad(compute(*leaves, labels) * 65536.0, leaves[:1])
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    (want,) = torch.autograd.grad(reference(*wide, labels) * 65536.0, wide[:1])
+    assert dh.dtype == torch.float16 and 50 < want.abs().max() < 65504
+    torch.testing.assert_close(dh.float(), want, rtol=0.01, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_it(mode):
+    hidden, weight, labels = inputs(5, 16, 30, torch.float32)
+    arguments = (hidden.detach(), weight.detach(), labels)
+    traced = make_fx(lambda h, w, y: linear_cross_entropy(h, w, y), tracing_mode=mode)(*arguments)
+    other = (arguments[0].flip(0), arguments[1], labels.flip(0))
+    assert torch.equal(traced(*other), linear_cross_entropy(*other))
 
 
 def test_opcheck():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,17 @@ def test_whole_numbers_are_refused_by_every_operation() -> None:
         add_lora(floats, floats, whole, torch.ones(4, 2), scaling=1.0)
     with pytest.raises(ValueError, match=r"^hidden is torch.int64: wanted"):
         linear_cross_entropy(whole, whole, torch.zeros(2, dtype=torch.int64))
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    x, w = torch.ones(2, 4), torch.ones(4)
+    for eps in (None, "1e-6", -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"^eps=.*, wanted a number from 0$"):
+            rms_norm(x, w, eps=eps)  # type: ignore[arg-type]
+    for scaling in (None, "2", math.nan):
+        with pytest.raises(ValueError, match=r"^scaling=.*, wanted a finite number$"):
+            add_lora(x, x, torch.ones(3, 4), torch.ones(4, 3), scaling=scaling)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^x is torch.float8_e4m3fn: wanted float32, float16, bfloat16 or float64$"):
+        rms_norm(x.to(torch.float8_e4m3fn), w, eps=1e-6)
+    with pytest.raises(ValueError, match="labels are on meta, where tensors have no values"):
+        linear_cross_entropy(x.to("meta"), x.to("meta"), torch.zeros(2, dtype=torch.int64, device="meta"))

@@ -418,6 +418,9 @@ def test_parts_may_have_any_shape(backend, dtype):
         (torch.ones(4, 6).T, {}, r"w \[6, 4\] is not contiguous \(strides \(1, 6\)\)"),
         (torch._neg_view(torch.ones(4)), {}, r"w is a negative .* pass w\.resolve_neg\(\)"),
         (torch.ones(4), {"block_size": 100}, "block_size=100: use one of 32, 64"),
+        (torch.ones(4, 4).to_sparse_csr(), {}, "w is torch.sparse_csr: wanted an ordinary, dense tensor"),
+        (torch.ones(4, device="meta"), {}, "w is on meta, where tensors have no values"),
+        ([1.0, 2.0], {}, "w is a list: wanted a tensor"),
         (torch.ones(4), {"kind": "int4"}, "kind='int4' is not a 4-bit code: use 'nf4' or 'fp4'"),
     ],
 )
@@ -425,6 +428,18 @@ def test_parts_may_have_any_shape(backend, dtype):
 def test_quantize_refuses(w, options, message, backend):
     with pytest.raises(QuantizationError, match=message):
         nf4.quantize(w, **options, backend=backend)
+
+
+def test_out_may_not_lie_over_what_is_decoded_into_it():
+    packed, absmax = nf4.quantize(torch.randn(256, 128))
+    memory = torch.zeros(256 * 128 * 5, dtype=torch.uint8)
+    memory[: packed.numel()] = packed
+    over, beside = (memory[first : first + 4 * 256 * 128].view(torch.float32).view(256, 128) for first in (0, 1 << 14))
+    inside = memory[: packed.numel()]
+    with pytest.raises(QuantizationError, match="out shares memory with what is decoded into it"):
+        nf4.dequantize(inside, absmax, shape=(256, 128), out=over)
+    nf4.dequantize(inside, absmax, shape=(256, 128), out=beside)  # one memory, but apart
+    assert torch.equal(beside, nf4.dequantize(packed, absmax, shape=(256, 128)))
 
 
 @pytest.mark.parametrize("backend", ["reference", "c"])
@@ -476,6 +491,8 @@ U8, ONE, HALF = torch.zeros(2, dtype=torch.uint8), torch.ones(1), torch.float16
         ({"out": torch._neg_view(torch.zeros(10, 10))}, "out is not contiguous .* or a negative"),
         ({"out": torch.zeros(10, 10, requires_grad=True)}, "out requires a gradient"),
         ({"kind": "nf8"}, "kind='nf8'"),
+        ({"absmax": U8, "nested": (ONE, ONE)}, r"nested is a tuple: wanted nf4\.Nested\(absmax, offset\)"),
+        ({"out": [0.0] * 100}, "out is a list: wanted a tensor"),
         ({"kind": ["nf4"]}, r"kind=\['nf4'\] is not a 4-bit code"),
         ({"packed": None}, "packed is None: wanted a torch.uint8 tensor of 50"),
         ({"absmax": None}, "absmax is None: wanted a torch.float32 tensor of 2"),

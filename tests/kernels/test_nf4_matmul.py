@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, FUSED_ROWS, Nested, QuantizationError, cpu, fused_rows
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -445,8 +446,22 @@ ONE = torch.ones(1)
             r"bias is torch.float32 \[4\] on cpu: wanted torch.float32 \[5\]",
         ),
         (torch.zeros(2, 64), {"backend": "cuda"}, "backend='cuda' does not exist"),
+        ([0.0] * 64, {}, "x is a list: wanted a tensor"),
+        (torch.zeros(2, 64).to_sparse(), {}, "x is torch.sparse_coo: wanted an ordinary, dense tensor"),
+        (torch.zeros(2, 64), {"bias": [0.0] * 5}, "bias is a list: wanted a tensor"),
     ],
 )
 def test_matmul_refuses(x, changed, message):
     with pytest.raises(QuantizationError, match=message):
         nf4.matmul(x, **{**packed_weight(5, 64), **changed})
+
+
+def test_other_forms_refuse_what_matmul_refuses():
+    w = packed_weight(5, 64)
+    with pytest.raises(QuantizationError, match=r"shape=\[5, 64, 1\]: the weight of a product has shape \[N, K\]"):
+        nf4.prepare_matmul(**w | {"shape": (5, 64, 1)})
+    x = torch.ones(1, 64)
+    with forward_ad.dual_level():
+        with pytest.raises(QuantizationError, match="x has a tangent, and this product no forward-mode derivative"):
+            nf4.matmul(forward_ad.make_dual(x, x), **w)
+        assert torch.equal(nf4.matmul(x, **w), nf4.matmul(x, **w, backend="c"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,17 @@ def test_state_comes_back_and_another_is_refused() -> None:
     assert second.steps == 2
     assert all(torch.equal(p, second.parameters[name]) for name, p in first.parameters.items())
 
+    kept, live = {key: t.clone() for key, t in first.state().items()}, first.state()
+    go(first, 3)
+    assert all(torch.equal(t, first.state()[key]) for key, t in live.items())  # all of it is the optimizer's own
+    first.load_state(kept, steps=2)
+    assert all(torch.equal(t, kept[key]) for key, t in first.state().items())
+    for steps in (-1, 1.5, "3", None):
+        with pytest.raises(ValueError, match=r"steps=.*, wanted a whole number from 0"):
+            first.load_state(kept, steps=steps)
+    with pytest.raises(ValueError, match=r"got nothing, wanted torch\.uint8"):
+        first.load_state(kept | {"m.big": [0] * 5000}, steps=1)
+
     wrong = {
         "missing": {key: t for key, t in kept.items() if key != "v_absmax.big"},
         "unexpected": kept | {"m.more": torch.zeros(1)},
@@ -239,6 +251,23 @@ def test_state_comes_back_and_another_is_refused() -> None:
             second.load_state(state, steps=1)
     with pytest.raises(ValueError, match=r"m_absmax\.big is missing"):  # nor does the 32-bit form take it
         AdamW(first.parameters).load_state(kept, steps=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (1.0, 0.9)}, {"betas": (0.9, -1)}, {"eps": -1.0}, {"weight_decay": -5}, {"weight_decay": math.nan}],
+    ids=str,
+)
+def test_numbers_out_of_their_range(options: dict[str, Any]) -> None:
+    with pytest.raises(QuantizationError, match=f"{next(iter(options))}=.*: wanted a number from 0 to less than"):
+        AdamW8bit({"w": parameter(1.0)}, **options)
+    optimizer = AdamW8bit({"w": parameter(1.0)})
+    for lr in (-1.0, math.nan, math.inf, "1"):
+        with pytest.raises(QuantizationError, match=r"lr=.*: wanted a number from 0"):
+            optimizer.step(lr)  # type: ignore[arg-type]
+    assert optimizer.steps == 0
+    with pytest.raises(QuantizationError, match="parameters is a list: wanted"):
+        AdamW8bit([parameter(1.0)])  # type: ignore[arg-type]
 
 
 def test_bad_input() -> None:

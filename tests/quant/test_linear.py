@@ -16,6 +16,7 @@ from qlorag.kernels.nf4 import FUSED_ROWS, products, scratch
 from qlorag.quant import QuantizationError, QuantizedLinear, dequantize, quantize, quantize_linears
 from qlorag.quant import linear as linear_module
 from torch import nn
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -283,6 +284,23 @@ def test_from_quantized_shares_the_tensors():
     assert quantized.packed is q.packed and (quantized.in_features, quantized.out_features) == (64, 6)
     assert torch.equal(quantized.dequantize(), dequantize(q))
     assert torch.equal(dequantize(quantized.quantized), dequantize(q))
+
+
+def test_meta():
+    """Shapes and dtypes, as of any layer; quantizing wants values."""
+    empty = layer().to("meta")
+    assert empty(torch.zeros(2, 48, device="meta")).shape == (2, empty.out_features)
+    for linear in (nn.Linear(48, 20, device="meta"), nn.Linear(48, 20, device="meta", dtype=torch.bfloat16)):
+        with pytest.raises(QuantizationError, match="w is on meta, where tensors have no values: load it first"):
+            QuantizedLinear.from_linear(linear)
+
+
+def test_a_forward_derivative_is_refused():
+    x = torch.ones(2, 48)
+    with forward_ad.dual_level():
+        with pytest.raises(QuantizationError, match="x has a tangent, and this layer no forward-mode derivative"):
+            layer()(forward_ad.make_dual(x, x))
+        assert layer()(x).shape[0] == 2
 
 
 def test_bad_input():

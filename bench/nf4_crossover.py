@@ -1,12 +1,13 @@
 """Up to how many rows the fused product is the faster one, beside decoding W and the platform's GEMM.
 
-What FUSED_ROWS in kernels/nf4/products.py says, measured: for each dtype, and in bfloat16 for each instruction set that
-this processor has, with torch's GEMM held to the same one.
+What FUSED_ROWS and FUSED_ROWS_AT in kernels/nf4/products.py say, measured: each dtype at each instruction set that this
+processor has, with torch's GEMM held to the same one.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -18,23 +19,27 @@ from nf4_timing import check_products, interleave
 from qlorag.kernels import nf4
 from qlorag.kernels.native.level import LEVELS, levels_up_to
 from qlorag.kernels.nf4 import cpu
-from qlorag.kernels.nf4.products import FUSED_ROWS
+from qlorag.kernels.nf4.products import FUSED_ROWS, FUSED_ROWS_AT
 from torch import Tensor
 
 ROWS = (4, 8, 16, 24, 32, 64, 128, 256)
 SHAPES = ((1536, 576), (2048, 2048), (4096, 4096))
 FUSED, DECODED = "fused", "decoded, then GEMM"
+DTYPES = ("float32", "float16", "bfloat16")
 GEMM = {"avx2": "AVX2", "avx512": "AVX512_CORE", "vnni": "AVX512_CORE_BF16"}  # what oneDNN calls them
+MKL = {"avx2": "AVX2"}  # and MKL, which multiplies float32
 
 
 def variants() -> list[tuple[str, str, Mapping[str, str]]]:
     """The level, the dtype and the variables of each process: all that this processor can run."""
     best = cpu.best_level()
-    held = [level for level in levels_up_to(best) if level in GEMM]
-    return [
-        *((LEVELS[best], dtype, {}) for dtype in ("float32", "float16", "bfloat16")),
-        *((x, "bfloat16", {"QLORAG_CPU_LEVEL": x, "ONEDNN_MAX_CPU_ISA": GEMM[x]}) for x in reversed(held)),
-    ]
+    found: list[tuple[str, str, Mapping[str, str]]] = [(LEVELS[best], dtype, {}) for dtype in DTYPES]
+    for level in reversed(levels_up_to(best)[:-1]):
+        if level in GEMM:
+            held = {"QLORAG_CPU_LEVEL": level, "ONEDNN_MAX_CPU_ISA": GEMM[level]}
+            held |= {"MKL_ENABLE_INSTRUCTIONS": MKL[level]} if level in MKL else {}
+            found += [(level, dtype, held) for dtype in (DTYPES if level == "avx2" else DTYPES[2:])]
+    return found
 
 
 def _candidates(weight: Weight, x: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -67,7 +72,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     counts = [*dict.fromkeys(row["m"] for row in rows)]
     lines = [f"{'':44}" + "".join(f"{m:>7}" for m in counts) + "   fused up to"]
     for (level, dtype, n, k), line in groupby(rows, itemgetter("level", "dtype", "n", "k")):
-        limit = "any" if (level, dtype) == ("amx", "bfloat16") else FUSED_ROWS[getattr(torch, dtype)]
+        most = FUSED_ROWS_AT.get(level, FUSED_ROWS)[getattr(torch, dtype)]
+        limit = "any" if most == sys.maxsize else str(most)
         cells = "".join(f"{row['times_as_fast']:7.2f}" for row in line)
         lines.append(f"{f'{dtype}, {level}, [m, {k}] x [{n}, {k}]ᵀ':44}{cells}{limit:>14}")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import is_traced, without_autocast
+from ..native import LEVELS
 from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
 from .checks import Packed, check_bias, check_packed, check_x
@@ -26,7 +27,14 @@ from .errors import QuantizationError
 from .ops import DEQUANTIZE
 from .reference import Nested
 
-FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 128}
+FUSED_ROWS = {torch.float32: 24, torch.float16: 16, torch.bfloat16: 128}  # on any processor, and these on some:
+_OF_AVX512 = {torch.float32: 64, torch.float16: 24, torch.bfloat16: 128}
+FUSED_ROWS_AT = {
+    "avx2": FUSED_ROWS | {torch.float16: 128},
+    "avx512": _OF_AVX512,
+    "vnni": _OF_AVX512,
+    "amx": _OF_AVX512 | {torch.bfloat16: sys.maxsize},
+}
 # On a GPU; not measured. A fused product decodes W once per 128 rows (float32: 32), dequantize and cuBLAS once in all.
 GPU_FUSED_ROWS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
 
@@ -194,9 +202,8 @@ def fused_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many rows of x `matmul` multiplies W without decoding it first."""
     if device.type == "cuda":
         return GPU_FUSED_ROWS.get(dtype, 0)
-    if dtype == torch.bfloat16 and _multiplies_bfloat16(device):
-        return sys.maxsize
-    return FUSED_ROWS.get(dtype, 0)
+    at_level = {} if why_not_c(device, torch.float32) else FUSED_ROWS_AT.get(LEVELS[cpu.level()], {})
+    return at_level.get(dtype, FUSED_ROWS.get(dtype, 0))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

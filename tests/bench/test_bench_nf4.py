@@ -352,5 +352,5 @@ def test_the_table_of_crossovers(bench: ModuleType) -> None:
     rows += [r | {"dtype": "bfloat16", "times_as_fast": 3.0} for r in rows]
     head, first, second = bench.nf4_crossover.table(rows).splitlines()
     assert head.split() == ["4", "16", "fused", "up", "to"]
-    assert first == "float32, amx, [m, 64] x [8, 64]ᵀ               2.00   0.50            24"
+    assert first == "float32, amx, [m, 64] x [8, 64]ᵀ               2.00   0.50            64"
     assert second.split()[-3:] == ["3.00", "3.00", "any"]

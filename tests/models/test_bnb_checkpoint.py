@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from qlorag.kernels.nf4 import fused_rows
 from qlorag.lora import LoRAConfig, attach, to_dense
 from qlorag.models import (
     Checkpoint,
@@ -143,8 +144,11 @@ def test_logits_of_their_folder(family: str, tmp_path: Path) -> None:
     ours = load_model(folder, dtype=torch.float32)
     biased = [name for name, layer in layers(ours).items() if layer.bias is not None]
     assert len(layers(ours)) == 14 and len(biased) == (6 if family == "qwen2" else 0)
-    logits = ours(IDS)  # 64 rows: decoded, then multiplied as the dense weight is
-    assert torch.equal(logits, densified(folder)(IDS))
+    many = IDS.repeat(2, 1)  # so many rows that W is decoded, then multiplied as the dense weight is
+    assert many.numel() > fused_rows(torch.float32, torch.device("cpu"))
+    logits = ours(many)
+    assert torch.equal(logits, densified(folder)(many))
+    logits = logits[: len(IDS)]
     one = ours(IDS[:, :1])  # 1 row: taken straight from the packed weight, in another order of summation
     torch.testing.assert_close(one, logits[:, :1], atol=1e-4, rtol=1e-4)
     theirs = load_theirs(folder)

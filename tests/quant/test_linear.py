@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from qlorag.kernels.nf4 import FUSED_ROWS, products, scratch
+from qlorag.kernels.nf4 import fused_rows, products, scratch
 from qlorag.quant import QuantizationError, QuantizedLinear, dequantize, quantize, quantize_linears
 from qlorag.quant import linear as linear_module
 from torch import nn
@@ -157,7 +157,7 @@ def test_without_a_gradient_few_rows_are_multiplied_by_the_packed_weight(monkeyp
             # 128 products of about 0.1, rounded once and, with the bias, once more.
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
     assert decoded == []
-    quantized(torch.zeros(FUSED_ROWS[torch.float32] + 1, 128))
+    quantized(torch.zeros(fused_rows(torch.float32, torch.device("cpu")) + 1, 128))
     quantized(torch.zeros(1, 128, dtype=torch.float64))
     with torch.no_grad():
         quantized(torch.zeros(1, 128, requires_grad=True))

@@ -316,7 +316,7 @@ def test_the_page_is_that_of_the_results(bench: ModuleType) -> None:
 
 
 def test_every_missed_bar_has_a_reason(bench: ModuleType) -> None:
-    """Of the committed results, exactness and memory left out: those are no matter of speed."""
+    """In the committed results; what is wrong or too large has none, and would fail here."""
     committed = json.loads((BENCH / "results.json").read_text())["results"]["nf4"]
     bars = [bench.nf4_bars.Bar.from_dict(entry) for entry in committed["bars"]]
     for bar in bars:

@@ -162,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder: Path | None = args.model
     if folder is None:
-        from qlorag.recipes.pull import pull
+        from qlorag.recipes.hub.pull import pull
 
         folder = pull("minilm-l6")
     texts = make_texts(args.texts)

@@ -21,7 +21,7 @@ The competitor appears as its documentation says, and as fast as we could make i
     as documented     prepare_model_for_kbit_training (float32 norms and embedding, gradient checkpointing), autocast
     no checkpointing  the same, activations kept: faster, larger
     all bfloat16      no preparation, no autocast: what is not in 4 bits stays bfloat16
-    tuned malloc      glibc told to keep freed memory, as qlorag.recipes.memory tells it for ours
+    tuned malloc      glibc told to keep freed memory, as qlorag.recipes.training.memory tells it for ours
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ COMPETITORS: dict[str, dict[str, tuple[bool, bool, dict[str, str]]]] = {
 def prepare(folder: str, out: str, steps: int) -> dict[str, Any]:
     """What all candidates share: the rows as tokens, their order, the initial adapter (in `out`), and P."""
     from qlorag.lora import LoRAConfig, attach, save_adapter
-    from qlorag.recipes.assemble import assemble
-    from qlorag.recipes.data import batch_indices
-    from qlorag.recipes.trainer import learning_rate
+    from qlorag.recipes.data.examples import batch_indices
+    from qlorag.recipes.hub.assemble import assemble
+    from qlorag.recipes.training.trainer import learning_rate
     from torch import nn
 
     it = assemble(folder, quantize="none", dtype="bfloat16")
@@ -86,9 +86,9 @@ def prepare(folder: str, out: str, steps: int) -> dict[str, Any]:
 def train_qlorag(folder: str, base: str, steps: int) -> dict[str, Any]:
     """As `qlorag train` does it."""
     from qlorag.lora import LoRAConfig, attach
-    from qlorag.recipes.assemble import assemble
-    from qlorag.recipes.memory import reuse_freed_memory
-    from qlorag.recipes.trainer import Trainer, mean_loss
+    from qlorag.recipes.hub.assemble import assemble
+    from qlorag.recipes.training.memory import reuse_freed_memory
+    from qlorag.recipes.training.trainer import Trainer, mean_loss
 
     reuse_freed_memory()
     it = assemble(folder, quantize="nf4" if base == "nf4" else "none", dtype="bfloat16")
@@ -167,13 +167,13 @@ def train_peft(
 
 
 def _settings(steps: int) -> Any:
-    from qlorag.recipes.trainer import TrainSettings
+    from qlorag.recipes.training.trainer import TrainSettings
 
     return TrainSettings(iters=steps, batch_size=1, learning_rate=RATE, weight_decay=0.0, clip=CLIP, seed=0)
 
 
 def _examples(tok: Any) -> Any:
-    from qlorag.recipes.data import read_rows, tokenize_rows
+    from qlorag.recipes.data.examples import read_rows, tokenize_rows
 
     return tokenize_rows(read_rows(ROWS)[0], tok, max_tokens=512)[0]
 

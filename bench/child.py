@@ -24,7 +24,7 @@ from typing import Any
 
 _ANSWER = "ANSWER "  # before the line that is the result: libraries print too
 
-# What reuse_freed_memory() in qlorag.recipes.memory sets from within, for libraries that do not: freed memory is kept
+# What qlorag.recipes.training.memory sets from within, for libraries that do not: freed memory is kept
 # for the next tensor, instead of being returned to the kernel and faulted in again page by page.
 TUNED_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",

@@ -25,16 +25,16 @@ READING = (
     ("kernels/nf4/reference.py", "what a 4-bit weight is: quantize and decode, in plain torch"),
     ("quant/tensor.py", "a tensor of them, double-quantized: 4.127 bits a weight"),
     ("quant/linear.py", "a layer that decodes twice and stores nothing"),
-    ("kernels/nf4/dequantize.c", "the same bits at the speed of memory"),
-    ("kernels/nf4/triton_matmul.py", "a product with a packed weight, for a GPU"),
+    ("kernels/nf4/cpu/dequantize.c", "the same bits at the speed of memory"),
+    ("kernels/nf4/gpu/triton_matmul.py", "a product with a packed weight, for a GPU"),
     ("lora/layer.py", "what is trained: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward"),
     ("lora/files.py", "an adapter on disk, as PEFT reads it"),
-    ("models/weights.py", "safetensors to the byte"),
-    ("models/decoder.py", "where it all sits: the transformer"),
-    ("models/generate.py", "one token after another"),
-    ("recipes/trainer.py", "QLoRA: one step, and why its gradient is right"),
+    ("models/files/weights.py", "safetensors to the byte"),
+    ("models/decoder/decoder.py", "where it all sits: the transformer"),
+    ("models/decoder/generate.py", "one token after another"),
+    ("recipes/training/trainer.py", "QLoRA: one step, and why its gradient is right"),
     ("retrieval/store.py", "documents that survive a power cut"),
-    ("recipes/rag.py", "a question, its passages, an answer with sources"),
+    ("recipes/rag/answer.py", "a question, its passages, an answer with sources"),
 )
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from qlorag.kernels.cross_entropy import triton_kernels as cross_entropy
 from qlorag.kernels.lora import triton_kernels as lora
-from qlorag.kernels.nf4 import gpu, triton_dequantize, triton_matmul, triton_quantize
+from qlorag.kernels.nf4 import gpu
 from qlorag.kernels.nf4.codebook import BUCKETS, TABLES, Kind
+from qlorag.kernels.nf4.gpu import triton_dequantize, triton_matmul, triton_quantize
 from qlorag.kernels.rms_norm import triton_kernels as rms_norm
 from qlorag.kernels.rope import triton_kernels as rope
 from qlorag.kernels.swiglu import triton_kernels as swiglu
@@ -57,7 +58,7 @@ def weight(nested: bool = True) -> dict[str, str]:
 
 
 def nf4_cases(dtype: str) -> list[Case]:
-    """As the launches of kernels/nf4/gpu.py make them; x and y of a product are in caches."""
+    """As the launches of kernels/nf4/gpu/__init__.py make them; x and y of a product are in caches."""
     width = WIDTHS[dtype]
     pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
     listed = [

@@ -1,16 +1,17 @@
 """Models read from ordinary folders: decoder, encoder, tokenizer, generation. Start with README.md."""
 
-from .cache import KVCache
-from .config import DecoderConfig, decoder_config, read_config
-from .decoder import Decoder
-from .encoder import Encoder, load_encoder
+from .decoder.cache import KVCache
+from .decoder.config import DecoderConfig, decoder_config
+from .decoder.decoder import Decoder
+from .decoder.generate import Generation, GenerationStats, generate
+from .decoder.sampling import Sampling
+from .encoder.encoder import Encoder, load_encoder
 from .errors import ConfigError, ModelError, TemplateError, TokenizerError, WeightsError
-from .generate import Generation, GenerationStats, generate
-from .load import load_model
-from .sampling import Sampling
-from .save import save_model, save_quantized
-from .tokenizer import Tokenizer, load_tokenizer
-from .weights import Checkpoint, SafetensorsFile
+from .files.config_json import read_config
+from .files.load import load_model
+from .files.save import save_model, save_quantized
+from .files.weights import Checkpoint, SafetensorsFile
+from .text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Checkpoint",

@@ -1,7 +1,6 @@
 """Documents in, cited passages out: reading, splitting, a durable vector store, nearest-neighbour search."""
 
-from .ann import HnswConfig
-from .documents import Document, ReadReport, read_document, read_documents
+from .documents.read import Document, ReadReport, read_document, read_documents
 from .errors import (
     CorruptStoreError,
     DocumentError,
@@ -15,8 +14,9 @@ from .errors import (
     StoreError,
     StoreNotFoundError,
 )
-from .records import AddReport, Hit, Stats
+from .index.hnswlib_index import HnswConfig
 from .splitter import Chunk, count_words, split_text
+from .sqlite.records import AddReport, Hit, Stats
 from .store import Store
 
 __all__ = [

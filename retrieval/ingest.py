@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .documents import Document
-from .records import encode_metadata
+from .documents.read import Document
+from .index.exact import Float32, check_vectors
 from .splitter import Chunk
-from .vectors import Float32, check_vectors
+from .sqlite.records import encode_metadata
 
 Embedder = Callable[[list[str]], Any]
 """Texts -> float32 [n, D], or anything that numpy sees as such."""

@@ -26,18 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
-from . import records
-from .ann import MANIFEST, HnswConfig
-from .database import (
-    check_nothing_lost,
-    create_database,
-    exists,
-    open_database,
-    record_change,
-    signature,
-    transaction,
-)
-from .documents import Document
+from .documents.read import Document
 from .errors import (
     EmbedderError,
     EmbedderMismatchError,
@@ -46,12 +35,23 @@ from .errors import (
     StoreError,
     StoreNotFoundError,
 )
+from .index.exact import Float32, check_vectors
+from .index.hnswlib_index import MANIFEST, HnswConfig
+from .index.search import Searcher
 from .ingest import Embedder, Prepared, embed_group, prepare
-from .locking import WriterLock
-from .records import AddReport, Hit, Stats
-from .search import Searcher
 from .splitter import Chunk, TokenCounter, count_words, split_text
-from .vectors import Float32, check_vectors
+from .sqlite import records
+from .sqlite.database import (
+    check_nothing_lost,
+    create_database,
+    exists,
+    open_database,
+    record_change,
+    signature,
+    transaction,
+)
+from .sqlite.locking import WriterLock
+from .sqlite.records import AddReport, Hit, Stats
 
 Progress = Callable[[int, "int | None"], None]
 """(documents done, of how many, if known). When it is called, the first `done` documents are on the disk."""

@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line sets it, see recipes/cli.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line sets it, see recipes/cli/main.py
 
 import pytest
 
@@ -21,7 +21,7 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, bf16."""
-    from qlorag.recipes.pull import pull
+    from qlorag.recipes.hub.pull import pull
 
     return pull("smollm2-135m-instruct", progress=False)
 
@@ -29,7 +29,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def minilm_dir() -> Path:
     """all-MiniLM-L6-v2 as a folder, float32."""
-    from qlorag.recipes.pull import pull
+    from qlorag.recipes.hub.pull import pull
 
     return pull("minilm-l6", progress=False)
 

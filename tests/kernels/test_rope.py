@@ -15,7 +15,7 @@ SHAPES = [(5, 124), (2, 3, 7, 10), (1, 2), (2, 3, 1, 4, 6), (3, 0, 8), (0, 3, 8)
 
 
 def tables(tokens: int, d: int, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """As models/rope.py makes them: the same angles in both halves."""
+    """As models/decoder/rope.py makes them: the same angles in both halves."""
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] * 10000 ** (-torch.arange(d // 2).double() * 2 / d)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

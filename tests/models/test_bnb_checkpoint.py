@@ -253,7 +253,7 @@ CHILD = """
 import json, sys, torch
 from qlorag.models import load_model
 from qlorag.quant import QuantizedLinear
-import qlorag.models.load
+import qlorag.models.files.load
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -262,7 +262,7 @@ def peak():
 def quantize(*args, **options):
     raise AssertionError("quantized again")
 
-qlorag.models.load.quantize_tensor = quantize
+qlorag.models.files.load.quantize_tensor = quantize
 before = peak()
 model = load_model(sys.argv[1])
 rise = peak() - before

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlorag.models.chat_template import ChatTemplate, ChatTemplates, load_templates
 from qlorag.models.errors import TemplateError
+from qlorag.models.text.chat_template import ChatTemplate, ChatTemplates, load_templates
 
 HI = {"messages": [{"role": "user", "content": "hi"}]}
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qlorag.models.bert import encoder_config
-from qlorag.models.encoder import Encoder, _batches, load_encoder
+from qlorag.models.encoder.bert import encoder_config
+from qlorag.models.encoder.encoder import Encoder, _batches, load_encoder
+from qlorag.models.encoder.pooling import MODES, Pooling
 from qlorag.models.errors import ConfigError, ModelError, TokenizerError, WeightsError
-from qlorag.models.pooling import MODES, Pooling
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

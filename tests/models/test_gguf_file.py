@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qlorag.models import gguf_convert, gguf_file
 from qlorag.models.errors import ConfigError, ModelError, TokenizerError, WeightsError
-from qlorag.models.gguf_convert import build_tokenizer, convert_gguf, unpermute_rotary
-from qlorag.models.gguf_file import read_gguf
+from qlorag.models.files import gguf_convert
+from qlorag.models.files import gguf_read as gguf_file
+from qlorag.models.files.gguf_convert import build_tokenizer, convert_gguf, unpermute_rotary
+from qlorag.models.files.gguf_read import read_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2

@@ -40,7 +40,7 @@ def test_a_failure_on_the_way_leaves_nothing(tiny_dir: Path, tmp_path: Path, mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qlorag.models.save.shutil.copyfile", full)
+    monkeypatch.setattr("qlorag.models.files.save.shutil.copyfile", full)
     with pytest.raises(OSError, match="No space"):
         save_model(load_model(tiny_dir), tmp_path / "out", source=tiny_dir)
     assert list(tmp_path.iterdir()) == []

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qlorag.models import load_tokenizer
-from qlorag.models.chat_labels import label_mask
 from qlorag.models.errors import TemplateError, TokenizerError
-from qlorag.models.tokenizer import Tokenizer
+from qlorag.models.text.chat_labels import label_mask
+from qlorag.models.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from qlorag.models.errors import WeightsError
-from qlorag.models.weights import TORCH_DTYPES, Checkpoint, SafetensorsFile
+from qlorag.models.files.weights import TORCH_DTYPES, Checkpoint, SafetensorsFile
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
@@ -249,7 +249,7 @@ def test_a_huge_claim_allocates_nothing(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(container({"a": tensor(shape=(2**40,), end=2**42)}, b"\0" * 8))
     code = (
-        "import resource; from qlorag.models.weights import SafetensorsFile\n"
+        "import resource; from qlorag.models.files.weights import SafetensorsFile\n"
         "from qlorag.models.errors import WeightsError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"try: SafetensorsFile({str(path)!r})\n"

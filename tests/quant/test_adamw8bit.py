@@ -15,7 +15,7 @@ from qlorag.kernels.nf4.codebook import DYNAMIC, DYNAMIC_UNSIGNED, midpoints
 from qlorag.quant import QuantizationError
 from qlorag.quant.adamw8bit import AdamW8bit
 from qlorag.quant.dynamic8bit import BLOCK_SIZE, dequantize8, quantize8
-from qlorag.recipes.adamw import AdamW
+from qlorag.recipes.training.optimizers import AdamW
 from torch import Tensor, nn
 
 MAPS = {True: torch.tensor(DYNAMIC), False: torch.tensor(DYNAMIC_UNSIGNED)}
@@ -320,9 +320,9 @@ class Paths:
 
     def __init__(self, folder: Path) -> None:
         from qlorag.lora import LoRAConfig, attach
-        from qlorag.recipes.assemble import assemble
-        from qlorag.recipes.data import read_rows, tokenize_rows
-        from qlorag.recipes.trainer import Trainer, TrainSettings, mean_loss
+        from qlorag.recipes.data.examples import read_rows, tokenize_rows
+        from qlorag.recipes.hub.assemble import assemble
+        from qlorag.recipes.training.trainer import Trainer, TrainSettings, mean_loss
 
         rows = Path(__file__).parents[2] / "recipes" / "bundled" / "rows" / "train.jsonl"
         base = assemble(str(folder), quantize="nf4", dtype="float32")

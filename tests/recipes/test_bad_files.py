@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlorag.recipes.cli import main
+from qlorag.recipes.cli.main import main
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

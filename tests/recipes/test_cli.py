@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from qlorag.models import load_model
-from qlorag.recipes.cli import _parse, main
-from qlorag.recipes.display import Display
+from qlorag.recipes.cli.display import Display
+from qlorag.recipes.cli.main import _parse, main
 from qlorag.recipes.errors import RecipeError
 
 ITERS = 200  # at this rate the loss falls to about 0.001: each answer is certain
@@ -112,7 +112,7 @@ def test_fuse_then_the_folder_alone(trained: Path, tiny_dir: Path, capsys: Captu
     assert value["quantize"] == "nf4" and len(value["layers"]) == 14
     answer = result(capsys, "generate", "--model", out, "--prompt", "say maybe", "--dtype", "float32")
     assert answer["text"] == "maybe"
-    from qlorag.recipes.assemble import assemble
+    from qlorag.recipes.hub.assemble import assemble
 
     ids = torch.tensor([[1, 50, 60, 70]])
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_peft_applies_our_adapter(trained: Path, tiny_dir: Path, capsys: Capture
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, trained / "adapter")
-    from qlorag.recipes.assemble import assemble
+    from qlorag.recipes.hub.assemble import assemble
 
     ids = torch.tensor([[1, 50, 60, 70]])
     ours = assemble(str(tiny_dir), adapter_path=str(trained / "adapter"), quantize="none", dtype="float32")

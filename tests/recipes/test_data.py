@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlorag.models import load_tokenizer
-from qlorag.models.tokenizer import Tokenizer
-from qlorag.recipes import rows as rows_module
-from qlorag.recipes.data import Example, Row, batch_indices, read_rows, read_split, tokenize_rows
+from qlorag.models.text.tokenizer import Tokenizer
+from qlorag.recipes.data import rows as rows_module
+from qlorag.recipes.data.examples import Example, Row, batch_indices, read_rows, read_split, tokenize_rows
+from qlorag.recipes.data.show_mask import mask_runs, show_mask
 from qlorag.recipes.errors import DataError
-from qlorag.recipes.show_mask import mask_runs, show_mask
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 

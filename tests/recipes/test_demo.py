@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from qlorag.recipes.cli import main
-from qlorag.recipes.demo import MARK
+from qlorag.recipes.cli.demo import MARK
+from qlorag.recipes.cli.main import main
 
 ANSWER = "A software developer from Cyprus"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from qlorag.models import Checkpoint, load_model
-from qlorag.recipes.cli import main
-from qlorag.recipes.inspect_model import stored_facts
+from qlorag.recipes.cli.main import main
+from qlorag.recipes.inspection.model import stored_facts
 
 Capture = pytest.CaptureFixture[str]
 

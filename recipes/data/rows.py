@@ -1,0 +1,145 @@
+"""Training files: JSON Lines in, one checked `Row` per line out.
+
+    rows, skipped = read_rows("data/train.jsonl")
+
+A line is one row, and its keys say which shape it has. All shapes become one of two: a chat or a text.
+
+    {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}  OpenAI, Mistral, mlx-lm
+    {"messages": [{"from": "human", "content": "..."}, ...]}   Intel neural-chat
+    {"conversations": [{"from": "human", "value": "..."}, ...]}  ShareGPT
+    {"prompt": "...", "completion": "..."}                     mlx-lm; also two lists of messages
+    {"text": "..."}                                            mlx-lm: plain text, all of it learned
+
+(`row_shapes` reads them.) Rows of different shapes may stand in one file. A row that fits two shapes is
+refused, and so is anything else that would have to be guessed: a wrong type, an unknown role, a key given
+twice, NaN. Other keys ("id", "source") are ignored. JSON written inside a content stays the string it is. A
+list of text parts becomes their text; other parts (images) are refused. The arguments of a tool call, a JSON
+string in OpenAI's shape, become the object that chat templates expect.
+
+Blank lines, CRLF line ends and a UTF-8 byte-order mark are accepted. Every fault is one line, `file:line:
+...`, and ends the reading, unless `skip_invalid` asks to count it and go on. A line is at most
+`MAX_LINE_BYTES` long, so that a file without line ends is an error and not all of the memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import DataError
+from .row_shapes import SHAPES, Fault, Kind, fields_of, kind_of, refuse_constant, unique_keys
+
+MAX_LINE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example, not tokenized yet.
+
+    kind:     "chat"; "completion", whose messages are the prompt as user and the completion as assistant;
+              "text".
+    messages: [{"role", "content", ...}, ...]; empty for a text.
+    text:     the text; "" for the others.
+    tools:    JSON schemas of the functions the assistant may call, or None.
+    file, line: where it stands, counted from 1.
+    """
+
+    file: str
+    line: int
+    kind: Kind
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    tools: list[dict[str, Any]] | None = None
+
+
+def split_path(folder: str | Path, split: str) -> Path:
+    """Where a data folder keeps "train", "valid" or "test"."""
+    return Path(folder) / f"{split}.jsonl"
+
+
+def read_split(folder: str | Path, split: str, *, skip_invalid: bool = False) -> tuple[list[Row], list[str]]:
+    """The rows of a data folder's train.jsonl, valid.jsonl or test.jsonl.
+
+    Raises DataError: the file is missing, or see `read_rows`.
+    """
+    path = split_path(folder, split)
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in path.parent.glob("*.jsonl")))
+        found = f"the folder has {there or 'no .jsonl'}" if path.parent.is_dir() else "nor is its folder"
+        raise DataError(f"{path}: not found, {found}: write it with one row a line, {SHAPES}")
+    return read_rows(path, skip_invalid=skip_invalid)
+
+
+def read_rows(path: str | Path, *, skip_invalid: bool = False) -> tuple[list[Row], list[str]]:
+    """Every row of a JSON Lines file in order, and one message for each row that was left out.
+
+    skip_invalid: leave faulty rows out instead of raising.
+    Raises DataError: `file:line: what was found`, for the first faulty row; the file cannot be read or has no
+    rows.
+    """
+    rows: list[Row] = []
+    skipped: list[str] = []
+    try:
+        with open(path, "rb") as file:
+            for number, line, complete in _lines(file):
+                try:
+                    rows.append(_parse(line, complete=complete, file=str(path), number=number))
+                except DataError as error:
+                    if not skip_invalid:
+                        raise
+                    skipped.append(str(error))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if not rows:
+        why = f"all {len(skipped)} are invalid, the first: {skipped[0]}" if skipped else "it is empty"
+        raise DataError(f"{path}: no rows, {why}: give it at least one, {SHAPES}")
+    return rows, skipped
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, bool]]:
+    """(number, content, whether a line end closes it) of each line that is not blank.
+
+    The content of a line that is too long is None: it is read over, not kept.
+    """
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield number, None, True
+            continue
+        complete = line.endswith(b"\n")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line.strip(), complete
+
+
+def _parse(line: bytes | None, *, complete: bool, file: str, number: int) -> Row:
+    try:
+        if line is None:
+            raise Fault(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: one row a line, split long documents")
+        row = _decode(line, complete=complete)
+        return Row(file=file, line=number, **fields_of(row))
+    except Fault as fault:
+        raise DataError(f"{file}:{number}: {fault}") from fault
+
+
+def _decode(line: bytes, *, complete: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except UnicodeDecodeError as error:
+        raise Fault(f"byte {error.start} of the line is not UTF-8: save the file as UTF-8") from error
+    except RecursionError as error:
+        raise Fault("nested too deeply: a row is one flat object") from error
+    except ValueError as error:
+        if not complete:
+            raise Fault("the last line is cut off (no line end, no valid JSON): complete or remove it") from error
+        raise Fault(f"not JSON ({error}): write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise Fault(f"got {kind_of(row)}, wanted an object: {SHAPES}")
+    return row

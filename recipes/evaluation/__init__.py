@@ -1,0 +1,1 @@
+"""Whether a model answers as its test rows ask."""

@@ -1,0 +1,1 @@
+"""Where models come from and go to: fetched, put together, fused, exported."""

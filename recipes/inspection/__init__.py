@@ -1,0 +1,1 @@
+"""What a folder holds: a model, an adapter, a run, a store, rows."""

@@ -1,0 +1,1 @@
+"""A training run: one optimizer step at a time, checkpoints, metrics."""

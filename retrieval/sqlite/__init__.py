@@ -1,0 +1,1 @@
+"""The durable part of a store: schema, database file, records, the writer lock."""

@@ -79,7 +79,7 @@ class LoRABranch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Dy [..., N] -> (dy0, dx, dA, dB), each only if asked for."""
+        """dy [..., N] -> (dy0, dx, dA, dB), each only if asked for."""
         x, A, B, h = ctx.saved_tensors
         need_y0, need_x, need_A, need_B = ctx.needs_input_grad[:4]
         dtype = h.dtype
@@ -175,7 +175,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., K] -> y [..., N], in the dtype that the base returns."""
+        """x [..., K] -> y [..., N], in the dtype that the base returns."""
         p = self.dropout if self.training else 0.0
         seed = int(torch.randint(2**63 - 1, ())) if p > 0 else 0
         dtype = self.compute_dtype or _branch_dtype(x)

@@ -37,7 +37,7 @@ BLOCK_SIZE = 256
 
 
 def quantize8(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Code = nearest(map, x / absmax) over the row-major flattened x, in blocks of 256.
+    """code = nearest(map, x / absmax) over the row-major flattened x, in blocks of 256.
 
     x: float32, any shape; without `signed`, not negative (a negative number gets the code of zero).
     Returns codes uint8 of x's shape, and absmax float32 [ceil(numel / 256)]. A NaN or an infinity is kept, as an absmax

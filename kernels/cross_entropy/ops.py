@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, on_gpu: bool) -> Tensor:
-        """Hidden [n, D], weight [V, D], labels [n] -> L []."""
+        """hidden [n, D], weight [V, D], labels [n] -> L []."""
         wants_h, wants_w = ctx.needs_input_grad[:2]
         compute = rows.loss_and_gradients if on_gpu else slices.loss_and_gradients
         with without_autocast(hidden):
@@ -59,7 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """G [] -> (dh, dW), each only if asked for."""
+        """g [] -> (dh, dW), each only if asked for."""
         dh, dw = ctx.saved_tensors
         # g stays float32, as float16 does not hold a loss scale of 65536; a number alone does not widen the product
         return None if dh is None else dh * g, None if dw is None else dw * g, None, None

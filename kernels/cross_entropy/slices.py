@@ -79,7 +79,7 @@ def _wrong_words(h: Tensor, weight: Tensor, y: Tensor, *, wants_mean: bool) -> t
 
 
 def _logits(h: Tensor, w: Tensor) -> Tensor:
-    """H wᵀ, [c, S]. A GEMM rearranges its right operand first; of few rows that is cheaper than of W."""
+    """h wᵀ, [c, S]. A GEMM rearranges its right operand first; of few rows that is cheaper than of W."""
     return (w @ h.T).T.contiguous() if len(h) <= FEW_ROWS else h @ w.T
 
 

@@ -73,7 +73,7 @@ class AddLoRAFunction(torch.autograd.Function):
     def forward(
         ctx: Any, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, on_gpu: bool
     ) -> Tensor:
-        """Base [..., N], x [..., K] -> y [..., N]."""
+        """base [..., N], x [..., K] -> y [..., N]."""
         ctx.scaling = scaling
         with without_autocast(x):
             z = F.linear(_rows(x), lora_A.to(x.dtype))  # [M, R]
@@ -88,7 +88,7 @@ class AddLoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Dy [..., N] -> (dbase, dx, dA, dB), each only if asked for."""
+        """dy [..., N] -> (dbase, dx, dA, dB), each only if asked for."""
         x, z, lora_A, lora_B = ctx.saved_tensors
         wants_base, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
         d = _rows(dy)

@@ -48,7 +48,7 @@ def add_product_kernel(
 
 
 def add_product(base: Tensor, z: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """Base [..., N], z [M, R], lora_b [N, R] -> y [..., N]. Arguments have been checked in ops.py."""
+    """base [..., N], z [M, R], lora_b [N, R] -> y [..., N]. Arguments have been checked in ops.py."""
     base = base.contiguous()
     y = torch.empty_like(base)
     (m, rank), n = z.shape, base.shape[-1]

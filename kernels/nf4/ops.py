@@ -22,7 +22,7 @@ from .reference import Nested
 def quantize(
     w: Tensor, *, kind: str = "nf4", block_size: int = 64, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Code = nearest(table, w / absmax), two codes to a byte (reference.py has the exact rule).
+    """code = nearest(table, w / absmax), two codes to a byte (reference.py has the exact rule).
 
     w:       float32, float16 or bfloat16, any shape, contiguous, all finite.
     backend: "triton", "c", "reference", or None to choose.

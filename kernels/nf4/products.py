@@ -51,7 +51,7 @@ def matmul(
     bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Y = x Wᵀ + b, where W [N, K] is what `dequantize` gives for the other arguments.
+    """y = x Wᵀ + b, where W [N, K] is what `dequantize` gives for the other arguments.
 
     x:       [..., K], float32, float16, bfloat16, or (reference only) float64.
     shape:   (N, K); packed, absmax, nested, kind, block_size as for dequantize.
@@ -116,7 +116,7 @@ def matmul_backward(
     nested: Nested | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Dx = dy W, the gradient of `matmul` with respect to x; W [N, K] is frozen and has none.
+    """dx = dy W, the gradient of `matmul` with respect to x; W [N, K] is frozen and has none.
 
     dy:      [..., N], float32, float16, bfloat16, or (reference only) float64; the rest as for matmul.
     backend: "triton", and "c" on a processor with a matrix unit and in bfloat16, multiply the packed weight.

@@ -48,7 +48,7 @@ class Nested(NamedTuple):
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
-    """Code = nearest(table, w / absmax), two codes to a byte.
+    """code = nearest(table, w / absmax), two codes to a byte.
 
     w: float32, float16 or bfloat16, any shape, all finite.
     Returns packed uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)].
@@ -72,7 +72,7 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
 
 
 def _scale_blocks(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """X / absmax clamped to [-1, 1], and the absmax of each block; x is float32 and flat."""
+    """x / absmax clamped to [-1, 1], and the absmax of each block; x is float32 and flat."""
     ragged = x.numel() % block_size
     full, tail = x[: x.numel() - ragged].view(-1, block_size), x[x.numel() - ragged :]
     absmax = full.abs().amax(dim=1)  # [blocks]

@@ -54,7 +54,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, on_gpu: bool) -> Tensor:
-        """X [..., D], weight [D] -> y [..., D]."""
+        """x [..., D], weight [D] -> y [..., D]."""
         y, r = _forward(x, weight, eps, on_gpu)
         ctx.save_for_backward(x, weight, r)
         ctx.on_gpu = on_gpu
@@ -63,7 +63,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Dy [..., D] -> (dx, dw), each only if asked for."""
+        """dy [..., D] -> (dx, dw), each only if asked for."""
         x, weight, r = ctx.saved_tensors
         wants_x, wants_w = ctx.needs_input_grad[:2]
         if ctx.on_gpu:
@@ -82,7 +82,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, on_gpu: bool) -> tuple[Tensor, Tensor]:
-    """Y [..., D] and r [..., 1]."""
+    """y [..., D] and r [..., 1]."""
     if on_gpu:
         from .triton_kernels import forward
 

@@ -85,7 +85,7 @@ def tile(columns: int) -> dict[str, int]:
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """X [..., D] -> y [..., D] and r, float32 [..., 1]. Arguments have been checked in ops.py."""
+    """x [..., D] -> y [..., D] and r, float32 [..., 1]. Arguments have been checked in ops.py."""
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
     r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     rows, columns = r.numel(), x.shape[-1]
@@ -99,7 +99,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, *, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
-    """Dy [..., D] and what the forward saved -> dx [..., D] and dw [D] if wanted."""
+    """dy [..., D] and what the forward saved -> dx [..., D] and dw [D] if wanted."""
     rows, columns = r.numel(), x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not dx.numel():

@@ -53,7 +53,7 @@ class RopeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
-        """X [..., T, d], tables [T, d] -> y [..., T, d]."""
+        """x [..., T, d], tables [T, d] -> y [..., T, d]."""
         ctx.save_for_backward(cos, sin)
         ctx.on_gpu, ctx.dtype = on_gpu, x.dtype
         return _turn(x, cos, sin, on_gpu)
@@ -61,7 +61,7 @@ class RopeFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Dy [..., T, d] -> dx [..., T, d]."""
+        """dy [..., T, d] -> dx [..., T, d]."""
         cos, sin = ctx.saved_tensors
         if ctx.on_gpu:
             from .triton_kernels import rotate

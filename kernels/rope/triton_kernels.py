@@ -56,7 +56,7 @@ def rotate_kernel(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, dtype: torch.dtype, inverse: bool) -> Tensor:
-    """X [..., T, d] -> y in `dtype`, or dy -> dx if `inverse`. Arguments have been checked in ops.py."""
+    """x [..., T, d] -> y in `dtype`, or dy -> dx if `inverse`. Arguments have been checked in ops.py."""
     shape = x.shape
     x = x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]  # [B, H, T, d]
     y = torch.empty_like(x, dtype=dtype)

@@ -55,7 +55,7 @@ class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        """Dh [..., F] -> (dg, du), each only if asked for."""
+        """dh [..., F] -> (dg, du), each only if asked for."""
         gate, up = ctx.saved_tensors
         wants_gate, wants_up = ctx.needs_input_grad[:2]
         if ctx.on_gpu:

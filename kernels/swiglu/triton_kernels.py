@@ -60,7 +60,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Dh, gate, up [..., F] -> dgate, dup [..., F]."""
+    """dh, gate, up [..., F] -> dgate, dup [..., F]."""
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     if numel := dh.numel():

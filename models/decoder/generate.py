@@ -244,7 +244,7 @@ def peak_memory_bytes() -> int:
 
 
 def _head(head: nn.Module, h: Tensor) -> Tensor:
-    """Logits [V] of one position h [D]. A bfloat16 product of one row costs torch twice a matrix times a vector."""
+    """logits [V] of one position h [D]. A bfloat16 product of one row costs torch twice a matrix times a vector."""
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None
     logits: Tensor = torch.mv(head.weight, h) if plain else head(h)  # type: ignore[arg-type]
     return logits

@@ -60,7 +60,7 @@ class AdamW:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """M and v as {"m.NAME": tensor, "v.NAME": tensor}; `steps` is not among them."""
+        """m and v as {"m.NAME": tensor, "v.NAME": tensor}; `steps` is not among them."""
         return {f"{kind}.{name}": t for kind in ("m", "v") for name, t in getattr(self, kind).items()}
 
     def load_state(self, state: Mapping[str, Tensor], *, steps: int) -> None:

@@ -22,7 +22,7 @@ def inputs(lead, n, k, r, *, dtype=torch.float32, seed=0):
 
 
 def results(function, *arguments):
-    """Y, dbase, dx, dA, dB in float64."""
+    """y, dbase, dx, dA, dB in float64."""
     *leaves, dy = (t.detach() for t in arguments)
     leaves = [t.requires_grad_() for t in leaves]
     y = function(*leaves)

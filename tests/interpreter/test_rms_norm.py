@@ -20,7 +20,7 @@ def inputs(*shape, dtype=torch.float32, seed=0):
 
 
 def results(function, x, weight, dy):
-    """Y, dx and dw in float64."""
+    """y, dx and dw in float64."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     y = function(x, weight)
     return [y.detach().double(), *(g.double() for g in torch.autograd.grad(y, (x, weight), dy.to(y.dtype)))]

@@ -13,13 +13,13 @@ SHAPES = [(5, 124), (2, 3, 41, 64), (1, 2), (33, 64), (2, 4, 9, 128), (3, 5, 10)
 
 
 def inputs(*shape, dtype=torch.float32, seed=0):
-    """X, any tables (halves that differ, too), dy."""
+    """x, any tables (halves that differ, too), dy."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=g).to(dtype) for s in (shape, shape[-2:], shape[-2:], shape)]
 
 
 def results(function, x, cos, sin, dy):
-    """Y and dx in float64."""
+    """y and dx in float64."""
     x = x.detach().requires_grad_()
     y = function(x, cos, sin)
     return [y.detach().double(), torch.autograd.grad(y, x, dy.to(y.dtype))[0].double()]

@@ -17,7 +17,7 @@ def inputs(*shape, dtype=torch.float32, seed=0):
 
 
 def results(function, gate, up, dh):
-    """H, dgate and dup in float64."""
+    """h, dgate and dup in float64."""
     gate, up = gate.clone().requires_grad_(), up.clone().requires_grad_()
     h = function(gate, up)
     return [h.detach().double(), *(g.double() for g in torch.autograd.grad(h, (gate, up), dh.to(h.dtype)))]

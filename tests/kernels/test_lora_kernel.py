@@ -27,7 +27,7 @@ def inputs(
 
 
 def results(function, arguments: list[Tensor], dy: Tensor) -> list[Tensor]:
-    """Y, dbase, dx, dA, dB in float64, of inputs taken over in their own dtype."""
+    """y, dbase, dx, dA, dB in float64, of inputs taken over in their own dtype."""
     leaves = [t.detach().requires_grad_() for t in arguments]
     y = function(*leaves)
     return [y.detach().double(), *(g.double() for g in torch.autograd.grad(y, leaves, dy.to(y.dtype)))]

@@ -23,7 +23,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tu
 
 
 def results(function, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
-    """Y, dx and dw in float64, of inputs taken over in their own dtype."""
+    """y, dx and dw in float64, of inputs taken over in their own dtype."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     y = function(x, weight, eps=EPS)
     return [y.detach().double(), *(g.double() for g in torch.autograd.grad(y, (x, weight), dy.to(y.dtype)))]

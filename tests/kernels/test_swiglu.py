@@ -21,7 +21,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tu
 
 
 def results(function, gate: Tensor, up: Tensor, dh: Tensor) -> list[Tensor]:
-    """H, dgate and dup in float64, of inputs taken over in their own dtype."""
+    """h, dgate and dup in float64, of inputs taken over in their own dtype."""
     gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
     h = function(gate, up)
     return [h.detach().double(), *(g.double() for g in torch.autograd.grad(h, (gate, up), dh.to(h.dtype)))]

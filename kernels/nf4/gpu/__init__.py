@@ -150,7 +150,7 @@ def _split(length: int, step: int, shortest: int, programs: int, wanted: int) ->
 
 
 def matmul(x: Tensor, w: Packed) -> Tensor:
-    """Y = x Wᵀ: x [..., K] -> y [..., N]; both K and block_size are multiples of 32."""
+    """y = x Wᵀ: x [..., K] -> y [..., N]; both K and block_size are multiples of 32."""
     from .triton_matmul import few_rows_kernel, many_rows_kernel
 
     n, k = w.shape
@@ -172,7 +172,7 @@ def matmul(x: Tensor, w: Packed) -> Tensor:
 
 
 def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
-    """Dx = dy W: dy [..., N] -> dx [..., K]; both K and block_size are multiples of 32."""
+    """dx = dy W: dy [..., N] -> dx [..., K]; both K and block_size are multiples of 32."""
     from .triton_matmul import backward_kernel
 
     n, k = w.shape

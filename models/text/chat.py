@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,11 +99,11 @@ class ChatEncoder:
             **variables,
             "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
         }
-        marks = _unused_characters(_strings([inputs, template.source]), 4)
+        marks = unused_characters(strings_in([inputs, template.source]), 4)
         protected = False
         if protect:
             for name in ("messages", "tools", "documents"):
-                inputs[name], found = self._protect(inputs[name], marks)
+                inputs[name], found = self.protect(inputs[name], marks)
                 protected = protected or found
         pair = (marks[2], marks[3]) if generation else ("", "")
         texts = template.render_cuts(inputs, cuts, generation=pair)
@@ -144,12 +145,13 @@ class ChatEncoder:
                 offsets += [(position + start, position + end) for start, end in encoding.offsets]
             position += len(plain)
             if match:
-                ids.append(self._id(match.group()))
+                ids.append(self.special_id(match.group()))
                 offsets.append((position, position + len(match.group())))
                 position, done = position + len(match.group()), match.end()
         return Encoded(ids, offsets)
 
-    def _id(self, matched: str) -> int:
+    def special_id(self, matched: str) -> int:
+        """The id of the special token that `special` matched."""
         token = self._exact.search(matched)  # without the spaces it swallowed
         assert token
         return self._ids[token.group()]
@@ -167,7 +169,7 @@ class ChatEncoder:
         inner.encode_special_tokens = True
         return inner
 
-    def _protect(self, value: Any, marks: str) -> tuple[Any, bool]:
+    def protect(self, value: Any, marks: str) -> tuple[Any, bool]:
         """`value` with special-token text in all its strings marked, and whether there was any.
 
         The beginning of a special token at the end of a string counts: the next string may hold the rest.
@@ -181,10 +183,10 @@ class ChatEncoder:
                     break
             return marked, marked != value
         if isinstance(value, Mapping):
-            pairs = {key: self._protect(item, marks) for key, item in value.items()}
+            pairs = {key: self.protect(item, marks) for key, item in value.items()}
             return {key: item for key, (item, _) in pairs.items()}, any(found for _, found in pairs.values())
         if isinstance(value, (list, tuple)):
-            items = [self._protect(item, marks) for item in value]
+            items = [self.protect(item, marks) for item in value]
             return [item for item, _ in items], any(found for _, found in items)
         return value, False
 
@@ -203,7 +205,13 @@ def unmarked(text: str, marks: str) -> str:
     return text.translate({ord(mark): None for mark in marks})
 
 
-def _unused_characters(strings: Sequence[str], count: int) -> str:
+def marked_spans(text: str, marks: str, spans: Sequence[Span]) -> list[Span]:
+    """Spans of a marked text as spans of the text without its marks."""
+    at = [match.start() for match in re.finditer(f"[{marks}]", text)]
+    return [(start - bisect_left(at, start), end - bisect_left(at, end)) for start, end in spans]
+
+
+def unused_characters(strings: Sequence[str], count: int) -> str:
     """The first private-use characters that none of the strings contains."""
     used = {character for text in strings for character in re.findall("[\U000f0000-\U000ffffd]", text)}
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
@@ -213,13 +221,14 @@ def _unused_characters(strings: Sequence[str], count: int) -> str:
     return found
 
 
-def _strings(value: Any) -> list[str]:
+def strings_in(value: Any) -> list[str]:
+    """Every string in JSON data, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
-        return [text for item in value for text in _strings(item)]
+        return [text for item in value for text in strings_in(item)]
     return []
 
 

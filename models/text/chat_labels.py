@@ -1,82 +1,107 @@
 """Which tokens of a chat the assistant wrote: the labels of training.
 
-A template with `{% generation %}` blocks says itself what the assistant wrote. For any other, the assistant's
-turn i is what its message adds to the chat:
+Each assistant turn is labelled as it would be generated. `chat_turns` renders the chat up to it and says where the
+turn begins (where the generation prompt ends) and where it ends (after its end token). Then there are two cases:
 
-    start = len(render(messages[:i], add_generation_prompt=True))
-    end   = just after the last special token in render(messages[:i+1]), or its end when the turn has none
+- one example: the template renders the whole chat so that each of those beginnings is a beginning of it. All turns
+  are labelled in that one text;
+- one example per turn: the template renders earlier turns differently once later ones follow (Qwen3 drops their
+  reasoning, Mistral moves the system message to the last question), or a turn has no end token and gets one. A text
+  that holds all turns would then teach something that is never generated, so each turn is labelled in the chat up
+  to it.
 
-so the end-of-turn token is learned and the newline after it is not. Both renderings have to be beginnings of
-the whole one, which is checked. A template that rewrites earlier turns (drops their reasoning, say) is
-refused: labels found by searching for the answer's text would sometimes be wrong, and nobody would notice.
-
-A token is the assistant's when it covers at least one character of a turn. The cost is two renderings per
-turn.
+A token is labelled when it covers at least one character of a turn. Before anything is labelled, `chat_printed`
+checks that the template prints what the messages say.
 """
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TemplateError
-from .chat import ChatEncoder, Message, Rendering, Span, check_messages, unmarked
+from .chat import ChatEncoder, Message, Rendering, Span, check_messages, marked_spans
+from .chat_printed import check_printed, printable_arguments
 from .chat_template import ChatTemplate
+from .chat_turns import Turn, find_turns
 
 
-def encode_with_mask(
+@dataclass(frozen=True)
+class EndTokens:
+    """What may end a turn. ids: generation stops at these. append: written where the template closes no turn."""
+
+    ids: frozenset[int]
+    append: int | None
+
+
+@dataclass(frozen=True)
+class LabelledChat:
+    """One training example made of a chat.
+
+    ids: [T].  mask: [T], True for the tokens that the assistant wrote.
+    ends: the ids that end its labelled turns; a generation has to stop at each.
+    appended: whether the end is not the template's but was written after it.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    ends: frozenset[int]
+    appended: bool = False
+
+
+def label_chat(
     encoder: ChatEncoder,
     template: ChatTemplate,
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     *,
     protect: bool,
-) -> tuple[list[int], list[bool]]:
-    """The ids of the whole chat, and for each whether the assistant wrote it.
+    end: EndTokens,
+) -> list[LabelledChat]:
+    """The examples of a finished chat: one, or one per labelled turn (see the file's head).
 
-    A message with "weight": 0 is left out of the mask. protect: see `chat`.
-    Raises TemplateError: the template refuses the messages, or gives no way to tell the assistant's turns.
+    A message with "weight": 0 is not labelled. A chat without a labelled turn is one example without labels.
+    protect: see `chat`.
+    Raises TemplateError: the template refuses the messages, does not print what one says, gives no way to tell the
+        assistant's turns, or closes none and the tokenizer has no end token.
     """
     check_messages(messages)
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
-    if re.search(r"\{%[-+]?\s*generation\b", template.source):
-        cuts = [(len(messages), False)]
-        chat = encoder.render(template, messages, variables, cuts=cuts, protect=protect, generation=True)
-        spans = _blocks(chat)
-        if len(spans) != len(weights) and not all(weights):
-            raise TemplateError(
-                f"{template.origin}: {len(spans)} generation blocks for {len(weights)} assistant messages: "
-                '"weight" cannot be matched to them: leave it out or split the chat'
-            )
-    else:
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        cuts = [(len(messages), False), *((n, n == i) for i in turns for n in (i, i + 1))]
-        chat = encoder.render(template, messages, variables, cuts=cuts, protect=protect)
-        spans = _turns(encoder, template, chat, turns)
-    if len(spans) == len(weights):
-        spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
-    encoded = encoder.encode(chat, chat.texts[0])
-    return encoded.ids, label_mask(encoded.offsets, _unmarked_spans(chat, spans))
+    messages = printable_arguments(encoder, template, messages, variables)
+    chat, turns = find_turns(encoder, template, messages, variables, protect=protect, end_ids=end.ids)
+    check_printed(encoder, template, messages, variables, rebuilt=[i for i, turn in enumerate(turns) if turn.rebuilt])
+    wanted = [turn for turn, weight in zip(turns, weights, strict=True) if weight]
+    if all(_is_a_beginning(chat.texts[0], turn) for turn in wanted):
+        return [_example(encoder, chat, chat.texts[0], wanted, end=None)]
+    unclosed = next((turn for turn in wanted if not turn.closed), None)
+    if unclosed is not None and end.append is None:
+        raise TemplateError(
+            f"{template.origin}: no special token closes an assistant turn, and the tokenizer names no end token to "
+            "write there, so the tuned model would never stop: name one as eos_token in tokenizer_config.json"
+        )
+    return [
+        _example(encoder, chat, turn.text[: turn.end], [turn], end=None if turn.closed else end.append)
+        for turn in wanted
+    ]
 
 
-def _turns(encoder: ChatEncoder, template: ChatTemplate, chat: Rendering, turns: Sequence[int]) -> list[Span]:
-    """The spans, in the marked text, of the assistant's messages at the indices `turns`."""
-    whole, *parts = chat.texts
-    outside = re.compile(f"{chat.marks[0]}[^{chat.marks[1]}]*{chat.marks[1]}|(?P<special>{encoder.special.pattern})")
-    spans = []
-    for i, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
-        for text, what in ((before, "what comes before it"), (after, "the chat up to it")):
-            if not whole.startswith(text):
-                raise TemplateError(_not_a_beginning(template, chat, i, text, what))
-        end = len(after)  # without a special token the turn ends where the next begins
-        for match in outside.finditer(after, len(before)):
-            if match["special"] is not None:
-                end = match.end()
-        spans.append((len(before), end))
-    return spans
+def _is_a_beginning(whole: str, turn: Turn) -> bool:
+    return turn.closed and whole.startswith(turn.text[: turn.end])
+
+
+def _example(
+    encoder: ChatEncoder, chat: Rendering, text: str, turns: Sequence[Turn], *, end: int | None
+) -> LabelledChat:
+    """`text` encoded with the spans of `turns` labelled, and with the token `end` after it."""
+    encoded = encoder.encode(chat, text)
+    spans = marked_spans(text, chat.marks, [(turn.start, turn.end) for turn in turns])
+    mask = label_mask(encoded.offsets, spans)
+    if end is not None:
+        return LabelledChat([*encoded.ids, end], [*mask, True], frozenset({end}), appended=True)
+    ends = frozenset(turn.end_id for turn in turns if turn.end_id is not None)
+    return LabelledChat(encoded.ids, mask, ends)
 
 
 def label_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
@@ -96,34 +121,3 @@ def label_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
         mask.append(inside and (end > spans[k][0] or start == end == spans[k][0]))
         reached = max(reached, end)
     return mask
-
-
-def _blocks(chat: Rendering) -> list[Span]:
-    """Spans between generation marks in the marked text, nested ones joined."""
-    spans, depth, start = [], 0, 0
-    for match in re.finditer(f"[{chat.marks[2:]}]", chat.texts[0]):
-        if match.group() == chat.marks[2]:
-            start = match.end() if depth == 0 else start
-            depth += 1
-        else:
-            depth -= 1
-            if depth == 0:
-                spans.append((start, match.start()))
-    return spans
-
-
-def _unmarked_spans(chat: Rendering, spans: Sequence[Span]) -> list[Span]:
-    """Spans of the marked text as spans of the text that is encoded."""
-    marks = [match.start() for match in re.finditer(f"[{chat.marks}]", chat.texts[0])]
-    return [(start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in spans]
-
-
-def _not_a_beginning(template: ChatTemplate, chat: Rendering, i: int, text: str, what: str) -> str:
-    whole = chat.texts[0]
-    at = next((n for n, (a, b) in enumerate(zip(whole, text, strict=False)) if a != b), min(len(whole), len(text)))
-    got, wanted = (unmarked(t[at : at + 30], chat.marks) or "the end" for t in (text, whole))
-    return (
-        f"{template.origin}: messages[{i}] (assistant) cannot be told apart, because {what} renders "
-        f"differently alone than in the whole chat, at character {at} {got!r} against {wanted!r}: put "
-        "{% generation %} around the assistant's text in the template, or train on chats of one assistant turn"
-    )

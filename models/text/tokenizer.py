@@ -22,6 +22,7 @@ length.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from ..errors import TokenizerError
 from .chat import ChatEncoder, Message
-from .chat_labels import encode_with_mask
+from .chat_labels import EndTokens, LabelledChat, label_chat
 from .chat_template import ChatTemplates, load_templates
 from .tokenizer_files import parse, read_object, read_tokenizer, special_strings, token_ids
 
@@ -205,6 +206,32 @@ class Tokenizer:
         )
         return self._chat.encode(chat, chat.texts[0]).ids
 
+    def chat_examples(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        parse_special: bool = False,
+        **variables: Any,
+    ) -> list[LabelledChat]:
+        """The training examples of a finished chat: ids, and which of them the assistant wrote.
+
+        Usually one example. One per assistant turn where the template renders a turn differently once others follow,
+        or where the end token is not the template's own. Labelled are the tokens of each assistant turn, its end token
+        included, and no others (not the newline that follows). A message with "weight": 0 is not labelled.
+        The rest is as in `chat`.
+        Raises TemplateError: also when the template does not print what a message says, or gives no way to tell an
+        assistant's tokens or where its turn ends.
+        """
+        return label_chat(
+            self._chat,
+            self._templates.pick(tools=tools is not None),
+            messages,
+            {**self.special_tokens, "tools": tools, **variables},
+            protect=not parse_special,
+            end=EndTokens(self.eos_ids, self.eos_id),
+        )
+
     def chat_with_mask(
         self,
         messages: Sequence[Message],
@@ -213,20 +240,18 @@ class Tokenizer:
         parse_special: bool = False,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """The ids of a finished chat, and which of them the assistant wrote.
+        """`chat_examples` for a chat that is one example: its ids, and for each whether the assistant wrote it.
 
-        mask[t] is True for the tokens of every assistant turn, its end-of-turn token included, and for no
-        other (not for the newline that follows it). A message with "weight": 0 is left out of the mask.
-        The rest is as in `chat`.
-        Raises TemplateError: also when the template gives no way to tell an assistant's tokens.
+        A chat that takes several gives the last of them, with a warning that names `chat_examples`.
         """
-        return encode_with_mask(
-            self._chat,
-            self._templates.pick(tools=tools is not None),
-            messages,
-            {**self.special_tokens, "tools": tools, **variables},
-            protect=not parse_special,
-        )
+        examples = self.chat_examples(messages, tools=tools, parse_special=parse_special, **variables)
+        if len(examples) > 1:
+            warnings.warn(
+                f"this template renders earlier turns differently as the chat goes on, so the chat is {len(examples)} "
+                "examples, of which this is the last: use chat_examples for all",
+                stacklevel=2,
+            )
+        return examples[-1].ids, examples[-1].mask
 
 
 class Detokenizer:

@@ -521,25 +521,158 @@ def test_weight_zero_is_not_learned(tok: Tokenizer) -> None:
     assert pieces(tok, ids, mask) == ["naïve 🙂🙂\n\nend<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(folder: Path, tmp_path: Path) -> None:
+def examples(tok: Tokenizer, chat: list[dict[str, Any]], **options: Any) -> list[list[str]]:
+    """The labelled runs of each example of a chat, as text."""
+    return [pieces(tok, example.ids, example.mask) for example in tok.chat_examples(chat, **options)]
+
+
+def with_template(folder: Path, tmp_path: Path, source: str) -> Tokenizer:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").write_text(CHATML.replace("m.content", "(m.content if loop.last else 'gone')"))
+    (tmp_path / "chat_template.jinja").write_text(source)
+    return load_tokenizer(tmp_path)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_per_turn(folder: Path, tmp_path: Path) -> None:
+    tok = with_template(folder, tmp_path, CHATML.replace("m.content", "(m.content if loop.last else 'gone')"))
+    one, two = tok.chat_examples(CHAT)
+    assert pieces(tok, one.ids, one.mask) == ["the quick answer<|im_end|>"]
+    assert pieces(tok, two.ids, two.mask) == ["naïve 🙂🙂\n\nend<|im_end|>"]
+    # What comes before a turn is what the model is given when it generates it.
+    assert two.ids[: two.mask.index(True)] == tok.chat(CHAT[:3])
+    with pytest.warns(UserWarning, match="2 examples.*chat_examples"):
+        assert tok.chat_with_mask(CHAT) == (two.ids, two.mask)
+
+
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_reasoning_that_later_turns_drop_is_labelled_where_it_is_generated(folder: Path, tmp_path: Path) -> None:
+    tok = with_template(folder, tmp_path, QWEN3)
+    chat = [dict(m, reasoning_content=f"r{i}") if m["role"] == "assistant" else m for i, m in enumerate(CHAT)]
+    assert examples(tok, chat) == [
+        ["<think>\nr1\n</think>\n\nthe quick answer<|im_end|>"],
+        ["<think>\nr3\n</think>\n\nnaïve 🙂🙂\n\nend<|im_end|>"],
+    ]
+    assert "r1" not in tok.decode(tok.chat_examples(chat)[1].ids)
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% else %}"
+    "{{ '<|im_end|>' + m.content.split('</think>')[-1] + '<|endoftext|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"
+)  # the form of DeepSeek-R1's: the generation prompt opens the reasoning, and a finished turn has lost it
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_reasoning_that_the_template_always_drops_is_put_back(folder: Path, tmp_path: Path, inline: bool) -> None:
+    tok = with_template(folder, tmp_path, R1)
+    answer = {"role": "assistant", "content": "<think>\nbecause\n</think>\n\nyes"}
+    if not inline:
+        answer = {"role": "assistant", "content": "yes", "reasoning_content": "because"}
+    chat = [{"role": "user", "content": "q"}, answer]
+    assert examples(tok, chat) == [["because\n</think>\n\nyes<|endoftext|>"]]
+    [example] = tok.chat_examples(chat)
+    assert example.ids[: example.mask.index(True)] == tok.chat(chat[:1])
+    assert examples(tok, [chat[0], {"role": "assistant", "content": "yes"}]) == [["yes<|endoftext|>"]]
+
+
+VICUNA = (
+    "{% for m in messages %}{{ ('USER:\n' if m.role == 'user' else 'ASSISTANT:\n') + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}"
+)
+
+
+def test_a_turn_that_nothing_closes_gets_an_end_token(folder: Path, tmp_path: Path) -> None:
+    tok = with_template(folder, tmp_path, VICUNA)
+    end = tok.decode([tok.eos_id], skip_special=False)
+    assert examples(tok, CHAT[:2]) == [["the quick answer" + end]]
+    two = tok.chat_examples(CHAT)  # in the middle of a text no end token is rendered, so each turn stands alone
+    assert [pieces(tok, e.ids, e.mask) for e in two] == [["the quick answer" + end], ["naïve 🙂🙂\n\nend" + end]]
+    assert all(e.appended and e.ends == {tok.eos_id} for e in two)
+
+
+def test_a_turn_that_nothing_closes_and_no_end_token_is_refused(folder: Path, tmp_path: Path) -> None:
+    with_template(folder, tmp_path, VICUNA)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
     tok = load_tokenizer(tmp_path)
-    with pytest.raises(TemplateError, match=r"messages\[1\] \(assistant\).*'gone.*generation"):
-        tok.chat_with_mask(CHAT)
-    ids, mask = tok.chat_with_mask([{"role": "assistant", "content": "fox"}])
-    assert pieces(tok, ids, mask) == ["fox<|im_end|>"]
+    assert tok.eos_id is None
+    with pytest.raises(TemplateError, match=r"never stop.*eos_token"):
+        tok.chat_examples(CHAT)
 
 
-def test_a_turn_without_a_special_token(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_generation_block_without_its_end_token_takes_the_one_after_it(
+    folder: Path, tmp_path: Path, gap: str
+) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{{ gap }}<|im_end|>"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ).replace("{{ gap }}", "{{ '" + gap + "' }}")
+    tok = with_template(folder, tmp_path, source)
+    [example] = tok.chat_examples(CHAT[:2])
+    assert pieces(tok, example.ids, example.mask) == [f"the quick answer{gap}<|im_end|>"]
+    assert example.ends == {tok.encode("<|im_end|>", parse_special=True)[0]}
+
+
+def test_the_end_of_a_turn_is_the_first_token_that_stops(folder: Path, tmp_path: Path) -> None:
+    """Phi-3.5 writes "<|end|>\n<|endoftext|>" after the last turn; generation stops at the first."""
+    tok = with_template(folder, tmp_path, CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}")
+    assert examples(tok, CHAT) == [["the quick answer<|im_end|>", "naïve 🙂🙂\n\nend<|im_end|>"]]
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "named"),
+    [
+        ({"content": "", "tool_calls": [CALL]}, {}, r"messages\[1\]\.tool_calls"),
+        ({"content": "yes", "reasoning_content": "because"}, {}, r"messages\[1\]\.reasoning_content"),
+        ({"content": "yes", "thinking": "because"}, {}, r"messages\[1\]\.thinking"),
+        ({"content": "yes"}, {"tools": [TOOL]}, r"tools\[0\]"),
+    ],
+)
+def test_what_a_template_does_not_print_is_refused(
+    tok: Tokenizer, answer: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]
+    with pytest.raises(TemplateError, match=f"does not print {named}"):
+        tok.chat_examples(chat, **options)
+
+
+def test_a_message_that_is_cut_is_refused(folder: Path, tmp_path: Path) -> None:
+    tok = with_template(folder, tmp_path, CHATML.replace("m.content", "m.content[:9]"))
+    with pytest.raises(TemplateError, match=r"does not print messages\[0\]\.content"):
+        tok.chat_examples([{"role": "user", "content": "a long question"}, {"role": "assistant", "content": "yes"}])
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("c.arguments if c.arguments is string else c.arguments | tojson", '{"city":"Rome"}'),  # as it stands: Qwen
+        ("c.arguments | tojson", '{"city": "Rome"}'),  # Llama 3.1: a string would come out quoted and escaped
+        ("'{' + c.arguments.items() | map('join', '=') | join + '}'", "{city=Rome}"),  # only objects: GLM
+    ],
+)
+def test_arguments_are_given_as_the_template_prints_them(
+    folder: Path, tmp_path: Path, printed: str, expected: str
+) -> None:
+    call = (
+        "{% for t in m.tool_calls or [] %}{% set c = t.function %}{{ c.name + ':' }}{{ " + printed + " }}{% endfor %}"
     )
-    tok = load_tokenizer(tmp_path)
-    ids, mask = tok.chat_with_mask(CHAT[:2])
-    assert pieces(tok, ids, mask) == [" the quick answer\n"]
+    source = CHATML.replace("m.content", "m.content }}" + call + "{{ ''")
+    tok = with_template(folder, tmp_path, source)
+    function = {"name": "weather", "arguments": '{"city":"Rome"}'}
+    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}]
+    assert examples(tok, chat) == [[f"weather:{expected}<|im_end|>"]]
 
 
 def test_a_chat_without_assistant_teaches_nothing(tok: Tokenizer) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 CHATML = (
+    "{% for tool in tools or [] %}{{ '<|im_start|>tool ' + tool.function.name + '<|im_end|>\n' }}{% endfor %}"
     "{% for m in messages %}"
     "{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools were given') }}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"

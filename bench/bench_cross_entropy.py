@@ -4,14 +4,15 @@
 
 `--tokens` are the rows that have a label; the head is frozen, as in LoRA training. The reference makes all logits and
 keeps their softmax. torch 2.13 has a fused form of its own. With its default settings it took over 20 times as long as
-the reference at 256 rows; it stands here with the settings that were the fastest of those tried. See operation.py.
+the reference at 256 rows; it stands here with the settings that were the fastest of those tried. See
+harness/operation.py.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from operation import VOCABULARY, WIDTH, Inputs, Operation, main
+from harness.operation import VOCABULARY, WIDTH, Inputs, Operation, main
 from qlorag.kernels.cross_entropy import linear_cross_entropy, reference
 from torch import Tensor
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import child
+from harness import child
 
 
 def main() -> int:

@@ -27,8 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import child
-import hardware
+from harness import child, hardware
 
 GENERATIONS = 3  # in each process, the first of them a warm-up
 DOCUMENTS = Path(__file__).parents[1] / "recipes" / "bundled" / "documents"

@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import child
-import hardware
+from harness import child, hardware
 
 SLACK = 150_000_000  # bytes
 

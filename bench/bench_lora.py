@@ -3,14 +3,14 @@
     python bench/bench_lora.py [--tokens 256] [--dtype bfloat16] [--threads N] [--repeats 15] [--json FILE]
 
 Rank 8 on the widest projection, 576 to 1536; the layer's own product is not in the figures. Both forms keep x and z.
-On a processor the same products run in both; what is fused is for a GPU. See operation.py.
+On a processor the same products run in both; what is fused is for a GPU. See harness/operation.py.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from operation import HIDDEN, WIDTH, Inputs, Operation, main
+from harness.operation import HIDDEN, WIDTH, Inputs, Operation, main
 from qlorag.kernels.lora import add_lora, reference
 
 RANK = 8

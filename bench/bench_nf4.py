@@ -2,9 +2,9 @@
 
     python bench/bench_nf4.py [--only dequantize few ...] [--repeats 15] [--small] [--json FILE]
 
-The last table holds the bars: what the kernels are asked to reach, what they reached, met or missed by how much. It is
-computed in nf4_bars.py from the results above it. `--small` runs everything in seconds, to see that it runs; the bars
-then mean nothing. Each part is measured in a process of its own, whose threads and malloc are stated:
+The last table holds the targets: what the kernels are asked to reach, what they reached, met or missed by how much.
+nf4/targets.py computes it from the results above it. `--small` runs everything in seconds, to see that it runs; the
+targets then mean nothing. Each part is measured in a process of its own, whose threads and malloc are stated:
 
 dequantize  One thread. GB/s counts each byte once: packed codes and scales read, result written. "of memory" is the
             share of what torch's own copy of as many bytes reached in the same loop. bitsandbytes appears twice,
@@ -13,16 +13,16 @@ dequantize  One thread. GB/s counts each byte once: packed codes and scales read
 quantize    One thread, malloc tuned to keep freed memory, double quantization, as QLoRA stores weights.
 few         Products with 1, 4 and 8 rows, bfloat16, on one thread and on the default number: once with malloc as
             installed (one row) and once tuned, because that decides bitsandbytes' figure; its product that
-            rearranges the weight appears where the processor has it (nf4_rivals.py). What the checks before left free
-            in malloc's heap is returned first: where 32 MiB lie there, malloc as installed is as good as tuned. The
-            weight is the same one each time, so whatever fits in a cache stays there.
+            rearranges the weight appears where the processor has it (nf4/competitor.py). What the checks before left
+            free in malloc's heap is returned first: where 32 MiB lie there, malloc as installed is as good as tuned.
+            The weight is the same one each time, so whatever fits in a cache stays there.
 beyond      The same for one row and a weight of 138 MB, between sums that empty the caches and say how fast memory is.
 many        128 and 512 rows, forward and backward, beside torch's product with the decoded weight; malloc tuned.
-crossover   Up to how many rows the fused product is faster than decoding and torch's GEMM (nf4_crossover.py), one
+crossover   Up to how many rows the fused product is faster than decoding and torch's GEMM (nf4/crossover.py), one
             thread, malloc tuned.
 exactness   Bits that differ from the reference over 10^7 numbers, a sixth of which are ties and their neighbours.
-memory      Bits per weight of a layer in training (nf4_memory.py), malloc as installed.
-gpu         Where there is one (nf4_gpu.py).
+memory      Bits per weight of a layer in training (nf4/memory.py), malloc as installed.
+gpu         Where there is one (nf4/gpu.py).
 
 Candidates run in one interleaved loop, in a new order each round; the figure is the median, the spread the 10th to the
 90th percentile. Nothing is timed before its result equals the reference, or for products, is at most twice as far as
@@ -39,15 +39,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import child
-import nf4_bars
-import nf4_cpu
-import nf4_crossover
-import nf4_gpu
-import nf4_memory
-import nf4_products
+import nf4.cpu
+import nf4.crossover
+import nf4.gpu
+import nf4.memory
+import nf4.products
+import nf4.targets
 import torch
-from nf4_names import OURS
+from harness import child
+from harness.names import OURS
 from qlorag.kernels.dispatch import why_no_triton
 from qlorag.kernels.nf4 import cpu
 
@@ -58,16 +58,16 @@ SMOLLM2 = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # the projections 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Those of the bars, or smaller ones to try this file out."""
+    """Those of the targets, or smaller ones to try this file out."""
 
     square: tuple[int, int] = (4096, 4096)
     wide: tuple[int, int] = (11008, 4096)
     beyond: int = 16384
-    read_bytes: int = nf4_products.READ_BYTES
+    read_bytes: int = nf4.products.READ_BYTES
     values: int = 10_000_000
     layers: int = 24
-    crossover_rows: tuple[int, ...] = nf4_crossover.ROWS
-    crossover_shapes: tuple[tuple[int, int], ...] = nf4_crossover.SHAPES
+    crossover_rows: tuple[int, ...] = nf4.crossover.ROWS
+    crossover_shapes: tuple[tuple[int, int], ...] = nf4.crossover.SHAPES
 
 
 SMALL = Sizes((256, 256), (512, 256), 512, 2**20, 20_000, 2, (4, 8), ((128, 128),))
@@ -75,22 +75,22 @@ SMALL = Sizes((256, 256), (512, 256), 512, 2**20, 20_000, 2, (4, 8), ((128, 128)
 
 def few(shapes: list[list[int]], rows: list[int], repeats: int) -> dict[str, Any]:
     """Job for a child."""
-    return {"rows": nf4_products.few_rows([(n, k) for n, k in shapes], rows, repeats)}
+    return {"rows": nf4.products.few_rows([(n, k) for n, k in shapes], rows, repeats)}
 
 
 def beyond(size: int, repeats: int, read_bytes: int) -> dict[str, Any]:
     """Job for a child."""
-    return {"rows": [nf4_products.beyond_cache(size, repeats, read_bytes=read_bytes)]}
+    return {"rows": [nf4.products.beyond_cache(size, repeats, read_bytes=read_bytes)]}
 
 
 def many(shape: list[int], rows: list[int], repeats: int) -> dict[str, Any]:
     """Job for a child."""
-    return {"rows": nf4_products.many_rows((shape[0], shape[1]), rows, repeats)}
+    return {"rows": nf4.products.many_rows((shape[0], shape[1]), rows, repeats)}
 
 
 def crossover(dtype: str, shapes: list[list[int]], rows: list[int], repeats: int) -> dict[str, Any]:
     """Job for a child."""
-    return {"rows": nf4_crossover.measure(dtype, shapes, rows, repeats)}
+    return {"rows": nf4.crossover.measure(dtype, shapes, rows, repeats)}
 
 
 def run(
@@ -108,20 +108,20 @@ def run(
 
 
 def all_few(sizes: Sizes, threads: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Adds "bar": whether a bar stands on the row, or it is only printed."""
+    """Adds "has_target": whether a target stands on the row, or it is only printed."""
     shapes = [sizes.square, sizes.wide]
-    counts = [1, *nf4_bars.AT_MOST_OF_ONE_ROW]
+    counts = [1, *nf4.targets.AT_MOST_OF_ONE_ROW]
     rows = []
     for n in threads:
         rows += run("few", {"shapes": shapes, "repeats": repeats, "rows": [1]}, threads=n, malloc="as installed")
         more = SMOLLM2 if n == 1 else []
         rows += run("few", {"shapes": shapes + more, "repeats": repeats, "rows": counts}, threads=n)
-    return [row | {"bar": (row["n"], row["k"]) in shapes} for row in rows]
+    return [row | {"has_target": (row["n"], row["k"]) in shapes} for row in rows]
 
 
 def exactness(values: int) -> list[dict[str, Any]]:
     """Each backend that can run here, and bitsandbytes, against the reference."""
-    job: dict[str, Any] = {"values": values, "dtypes": [*nf4_cpu.DTYPES]}
+    job: dict[str, Any] = {"values": values, "dtypes": [*nf4.cpu.DTYPES]}
     kinds: dict[str, tuple[str, dict[str, Any], Mapping[str, str]]] = {
         "C": ("c", job, {}),
         "bitsandbytes on the CPU": ("bitsandbytes", job, {}),
@@ -143,7 +143,7 @@ def exactness(values: int) -> list[dict[str, Any]]:
 
 def environment(threads: list[int], repeats: int) -> dict[str, Any]:
     import bitsandbytes
-    from hardware import describe
+    from harness.hardware import describe
 
     return {
         "cpu": describe()["cpu"],
@@ -212,7 +212,7 @@ def measure(parts: list[str], sizes: Sizes, dtypes: list[str], block_size: int, 
         for row in result["beyond_cache"]:
             show(f"beyond the cache, {row['threads']} threads, reading {row['read_gb_per_s']:.1f} GB/s", [row])
     if "many" in parts:
-        job = {"shape": sizes.square, "rows": [*nf4_bars.OF_DENSE], "repeats": repeats}
+        job = {"shape": sizes.square, "rows": [*nf4.targets.OF_DENSE], "repeats": repeats}
         result["many_rows"] = [row for t in threads for row in run("many", job, threads=t)]
         for t in threads:
             show(f"many rows, bfloat16, {t} threads", [row for row in result["many_rows"] if row["threads"] == t])
@@ -220,17 +220,17 @@ def measure(parts: list[str], sizes: Sizes, dtypes: list[str], block_size: int, 
         job = {"shapes": sizes.crossover_shapes, "rows": sizes.crossover_rows, "repeats": min(repeats, 7)}
         result["crossover"] = [
             row
-            for level, dtype, env in nf4_crossover.variants()
+            for level, dtype, env in nf4.crossover.variants()
             for row in run("crossover", job | {"dtype": dtype}, threads=1, env=env, level=level)
         ]
         print("\ntime of decoding and GEMM over that of the fused product, one thread")
-        print(nf4_crossover.table(result["crossover"]))
+        print(nf4.crossover.table(result["crossover"]))
     if "exactness" in parts:
         result["exactness"] = exactness(sizes.values)
         for one in result["exactness"]:
             print(f"bits beside the reference, {one['title']}: {one['values']} values, differ {one['differ']}")
-    if "memory" in parts and not nf4_memory.STATM.exists():
-        print(f"\nmemory of a layer in training: not measured, there is no {nf4_memory.STATM}")
+    if "memory" in parts and not nf4.memory.STATM.exists():
+        print(f"\nmemory of a layer in training: not measured, there is no {nf4.memory.STATM}")
     elif "memory" in parts:
         job = {"size": n, "layers": sizes.layers}
         result["memory"] = child.run(__file__, child.Job("layers", job), threads=child.default_threads())
@@ -259,7 +259,7 @@ def show_gpu(found: dict[str, Any]) -> None:
 
 def layers(size: int, layers: int) -> dict[str, Any]:
     """Job for a child."""
-    return nf4_memory.measure(size, layers)
+    return nf4.memory.measure(size, layers)
 
 
 def main() -> None:
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=[*PARTS], help="default: all of them")
     parser.add_argument("--size", type=int, nargs=2, metavar=("N", "K"), help="default: 4096 4096")
     parser.add_argument("--block-size", type=int, default=64, help="of decoding and quantizing, default: %(default)s")
-    parser.add_argument("--dtype", choices=[*nf4_cpu.DTYPES], nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", choices=[*nf4.cpu.DTYPES], nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=15, help="at least 2, default: %(default)s")
     parser.add_argument("--small", action="store_true", help="everything in seconds; the figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the results there")
@@ -281,14 +281,14 @@ def main() -> None:
             "where bitsandbytes' CPU kernel is wrong"
         )
     result = measure(args.only, sizes, args.dtype, args.block_size, args.repeats)
-    found = nf4_bars.bars(result)
-    print(f"\n{nf4_bars.table(found)}\n{sum(bar.met for bar in found)} of {len(found)} met")
+    found = nf4.targets.targets(result)
+    print(f"\n{nf4.targets.table(found)}\n{sum(target.met for target in found)} of {len(found)} met")
     if args.json:
-        child.write_json(args.json, result | {"bars": [bar.as_dict() for bar in found]})
+        child.write_json(args.json, result | {"targets": [target.as_dict() for target in found]})
 
 
 if __name__ == "__main__":
     child.serve(
-        nf4_cpu.dequantize, nf4_cpu.quantize, nf4_cpu.exactness, few, beyond, many, crossover, layers, nf4_gpu.job
+        nf4.cpu.dequantize, nf4.cpu.quantize, nf4.cpu.exactness, few, beyond, many, crossover, layers, nf4.gpu.job
     )
     main()

@@ -21,9 +21,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import child
 import hnswlib
 import numpy as np
+from harness import child
 from qlorag.retrieval import Document, HnswConfig, Store
 
 CHUNKS_PER_DOCUMENT = 100

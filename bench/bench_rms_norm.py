@@ -3,7 +3,7 @@
     python bench/bench_rms_norm.py [--tokens 256] [--dtype bfloat16] [--threads N] [--repeats 15] [--json FILE]
 
 The weight is frozen, as in LoRA training. In 16 bits the reference leaves autograd a float32 copy of x; ours keeps x
-as it came and one number per row. torch's own function is there for its speed. See operation.py.
+as it came and one number per row. torch's own function is there for its speed. See harness/operation.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch.nn.functional as F
-from operation import WIDTH, Inputs, Operation, main
+from harness.operation import WIDTH, Inputs, Operation, main
 from qlorag.kernels.rms_norm import reference, rms_norm
 
 EPS = 1e-5

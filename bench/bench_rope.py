@@ -3,7 +3,7 @@
     python bench/bench_rope.py [--tokens 256] [--dtype bfloat16] [--threads N] [--repeats 15] [--json FILE]
 
 Neither form keeps anything of x. The reference's autograd fills two tensors with zeros to put the halves of dx into;
-ours turns dy back. See operation.py.
+ours turns dy back. See harness/operation.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from operation import HEAD, HEADS, Inputs, Operation, main
+from harness.operation import HEAD, HEADS, Inputs, Operation, main
 from qlorag.kernels.rope import reference, rope
 
 

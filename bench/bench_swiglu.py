@@ -2,12 +2,12 @@
 
     python bench/bench_swiglu.py [--tokens 256] [--dtype bfloat16] [--threads N] [--repeats 15] [--json FILE]
 
-Autograd keeps gate, up and silu(gate); ours the first two, and computes the third again. See operation.py.
+Autograd keeps gate, up and silu(gate); ours the first two, and computes the third again. See harness/operation.py.
 """
 
 from __future__ import annotations
 
-from operation import HIDDEN, Inputs, Operation, main
+from harness.operation import HIDDEN, Inputs, Operation, main
 from qlorag.kernels.swiglu import reference, swiglu
 
 

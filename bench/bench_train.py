@@ -34,8 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import child
-import hardware
+from harness import child, hardware
 
 WARM_UP = 3  # steps that fill caches and pools
 LOSS_TOLERANCE = 0.01  # bfloat16 rounding moves it by 0.002; NF4 instead of dense weights by 0.05

@@ -1,8 +1,8 @@
-"""Fills the tables of README.md and bench/BARS.md from what stands elsewhere, so that no number is typed by hand.
+"""Fills the tables of README.md and bench/nf4/TARGETS.md from committed results: no number is typed by hand.
 
-    python bench/readme_tables.py          rewrites the three marked parts of README.md, and BARS.md
+    python bench/readme_tables.py          rewrites the three marked parts of README.md, and TARGETS.md
 
-`measured`, `demo` and the bars come from bench/results.json, `reading` from the files themselves. Tests run
+`measured`, `demo` and the targets come from bench/results.json, `reading` from the files themselves. Tests run
 this and compare. A figure that README.md has and the results have not is named on standard error.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import nf4_bars  # noqa: E402
-from summary import Headline, headlines  # noqa: E402
+from harness.summary import Headline, headlines  # noqa: E402
+from nf4 import targets  # noqa: E402
 
 READING = (
     ("kernels/nf4/codebook.py", "where the 16 numbers of NF4 come from"),
@@ -120,7 +120,7 @@ def main() -> None:
     for figure in sorted({*figures(before)} - {*figures(after)}):
         print(f"README.md no longer has: {figure}", file=sys.stderr)
     path.write_text(after, encoding="utf-8")
-    (ROOT / "bench" / "BARS.md").write_text(nf4_bars.page(results), encoding="utf-8")
+    (ROOT / "bench" / "nf4" / "TARGETS.md").write_text(targets.page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # under -m, the folder of this file is not where its neighbours are looked for
 
-import child  # noqa: E402
-import hardware  # noqa: E402
-from summary import Headline, headlines  # noqa: E402
+from harness import child, hardware  # noqa: E402
+from harness.summary import Headline, headlines  # noqa: E402
 
 
 def run(name: str) -> tuple[dict[str, Any] | None, bool]:

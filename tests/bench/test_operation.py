@@ -24,11 +24,11 @@ TOKENS, FLOAT = 8, 4  # bytes
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ModuleType]:
-    """operation.py; bench is no package, and its files import each other by name."""
+    """harness/operation.py; bench is no package, and its files import each other by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "bench"))
         patch.setattr(import_module("bench_cross_entropy"), "VOCABULARY", 512)
-        yield import_module("operation")
+        yield import_module("harness.operation")
 
 
 def made(shared: ModuleType, name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -124,7 +124,7 @@ def test_from_the_command_line_to_the_table(tmp_path: Path, shared: ModuleType) 
         found[name] = json.loads((tmp_path / name).read_text())
         ours = found[name]["rows"][0]
         assert ours["of_limit"] == pytest.approx(found[name]["limit_ms"] / ours["ms"])
-    headlines = import_module("summary").headlines
+    headlines = import_module("harness.summary").headlines
     (rope,) = headlines("rope", found["rope"])  # which keeps nothing to compare
     assert rope.what == "rope, 8 rows, bfloat16: ms" and rope.beside == found["rope"]["rows"][1]["ms"]
     time, kept = headlines("lora", found["lora"])
@@ -138,17 +138,17 @@ def test_a_headline_is_beside_the_fastest_of_the_others(shared: ModuleType) -> N
         for name, ms, saved in (("qlorag", 3.0, 1024), ("reference", 4.0, 4096), ("theirs", 2.0, None))
     ]
     result = {"tokens": 8, "dtype": "float32", "rows": rows}
-    time, kept = import_module("summary").headlines("swiglu", result)
+    time, kept = import_module("harness.summary").headlines("swiglu", result)
     assert (time.ours, time.beside, time.competitor) == (3.0, 2.0, "theirs")
     assert (kept.ours, kept.beside, kept.competitor) == (1.0, 4.0, "reference")
-    assert import_module("summary").headlines("layers", {"rows": []}) == []  # of an older results.json
+    assert import_module("harness.summary").headlines("layers", {"rows": []}) == []  # of an older results.json
 
 
 def test_a_figure_that_is_gone_is_named(
     tmp_path: Path, shared: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables = import_module("readme_tables")
-    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "nf4").mkdir(parents=True)
     for name in ("README.md", "bench/results.json", *(name for name, _ in tables.READING)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,27 +15,26 @@ import torch
 from torch import Tensor
 
 BENCH = Path(__file__).parents[2] / "bench"
+QUANTIZERS = BENCH / "quantizers"
 
 
 @pytest.fixture(scope="module")
-def quantizers() -> ModuleType:
-    """bench/quantizers.py; bench is no package."""
-    spec = importlib.util.spec_from_file_location("quantizers", BENCH / "quantizers.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def quantizers() -> Iterator[ModuleType]:
+    """bench/quantizers/measure.py; bench is no package, and its files import each other by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield import_module("quantizers.measure")
 
 
 @pytest.fixture(scope="module")
 def rendered(quantizers: ModuleType) -> ModuleType:
-    """bench/quantizers_page.py, as quantizers.py found it."""
-    return sys.modules["quantizers_page"]
+    """bench/quantizers/page.py."""
+    return import_module("quantizers.page")
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((BENCH / "quantizers.json").read_text())
+    found: dict[str, Any] = json.loads((QUANTIZERS / "quantizers.json").read_text())
     return found
 
 
@@ -111,7 +110,7 @@ def test_order_and_bits_on_real_weights(quantizers: ModuleType, weights: list[Te
         assert found["nf4 + dq"]["bits"] == pytest.approx(4 + 8 / size + 32 / (256 * size), rel=1e-4)
         for name, errors in found.items():
             committed = {key: stored[name, size][key] for key in errors}
-            assert errors == pytest.approx(committed, rel=1e-6), "run: python bench/quantizers.py --out bench"
+            assert errors == pytest.approx(committed, rel=1e-6), MEASURE
     assert all(stored["nf4", n]["rms_error"] < stored["fp4", n]["rms_error"] for n in quantizers.BLOCK_SIZES)
 
 
@@ -129,11 +128,12 @@ def test_texts_are_many_and_all_different(quantizers: ModuleType) -> None:
     assert len(set(sample)) == len(sample) == 100 and sample == quantizers.texts()
 
 
-RENDER = "run: python bench/quantizers.py --from bench/quantizers.json --out bench"
+MEASURE = "run: python bench/quantizers/measure.py --out bench/quantizers"
+RENDER = "run: python bench/quantizers/measure.py --from bench/quantizers/quantizers.json --out bench/quantizers"
 
 
 def test_the_page_and_the_picture_are_those_of_the_results(rendered: ModuleType, result: dict[str, Any]) -> None:
-    page, picture = ((BENCH / name).read_text() for name in ("QUANTIZERS.md", "quantizers.svg"))
+    page, picture = ((QUANTIZERS / name).read_text() for name in ("QUANTIZERS.md", "quantizers.svg"))
     assert page == rendered.page(result), RENDER
     assert "CPU rule" in page and max(map(len, page.splitlines())) <= 120
     assert rendered.digest(result) in picture, RENDER

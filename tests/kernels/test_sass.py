@@ -1,7 +1,8 @@
 """The machine code that the Triton kernels become, compiled here for cards that are not here.
 
 No GPU is needed, and no speed is claimed: these are gates on what would make a kernel slow for certain. Ceilings are a
-few percent above what was seen with Triton 3.9 (bench/ROOFLINE.md); one that trips after an upgrade is worth a look.
+few percent above what Triton 3.9 gave (bench/machine_code/ROOFLINE.md); one that trips after an upgrade is worth a
+look.
 
 Compiling takes a second, most of it outside of Python. So all that the collected tests will ask for is handed to as
 many threads as there are processors when the first of them runs.
@@ -20,8 +21,7 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import sass
-import sass_cases
+from machine_code import sass, sass_cases
 from triton.backends.compiler import GPUTarget
 
 DTYPES = ("bf16", "fp16", "fp32")

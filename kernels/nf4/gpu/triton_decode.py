@@ -2,7 +2,7 @@
 
 The look-up is `tl.gather` from the 16 table entries, which the compiler keeps in shared memory: 16 banks, so no two
 threads of a warp are in each other's way. A tree of 15 selects takes twice to three times the instructions
-(`python bench/sass.py` counts them).
+(`python bench/machine_code/sass.py` counts them).
 
 A weight is read in words of 32 bits, 8 codes each. Byte i of a word holds element 2i in its high nibble, so element e
 is found at bit 8 (e // 2) + 4 (1 - e % 2). `unpack` shifts them out and joins them in their own order. Joined, the 8

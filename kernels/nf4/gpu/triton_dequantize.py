@@ -3,7 +3,7 @@
 One program decodes TILE elements: it reads TILE / 2 bytes in 16-byte loads, decodes their scales (double-quantized
 ones too, so that no second kernel and no float32 absmax exist), looks the codes up, multiplies in float32 and rounds
 once. 2.5 bytes move per bfloat16 element, and some 8 instructions are spent on it: memory is the limit on every card
-(`python bench/sass.py`).
+(`python bench/machine_code/sass.py`).
 """
 
 from __future__ import annotations

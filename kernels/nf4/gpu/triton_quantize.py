@@ -4,7 +4,7 @@ A code is the number of thresholds below x = w / absmax. They are 15, and a tree
 among them in 4 steps (quantize.c). Here it is found in one. [-1, 1] is cut into even buckets, so many that each holds
 at most one threshold (codebook.buckets): one fma and one `and` give the bucket of x, a look-up gives the threshold in
 it and how many are below it, and one comparison decides. An element takes 13 instructions instead of 34 (sm_90,
-`python bench/sass.py --only quantize`). What made the difference:
+`python bench/machine_code/sass.py --only quantize`). What made the difference:
 
 - The bucket is read off the bits of x * c + 1.5 * 2^23, whose last place is 1. A conversion to an integer would run at
   a quarter of the rate. Two more bits than the bucket needs are kept: shifted by 2, the bits are a byte offset already.

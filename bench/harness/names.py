@@ -1,4 +1,4 @@
-"""The candidates' names in the results of bench_nf4.py: written by what measures, read by nf4_bars.py and summary.py.
+"""The candidates' names in the results of bench_nf4.py; nf4/targets.py and summary.py read them.
 
 A file of its own, so that reading results does not import torch.
 """

@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import nf4_rivals
 import torch
-from nf4_names import COPY, KERNEL, OURS_DECODE, PUBLIC
-from nf4_timing import interleave, return_freed, statistics_of
+from harness.names import COPY, KERNEL, OURS_DECODE, PUBLIC
+from harness.timing import interleave, return_freed, statistics_of
+from nf4 import competitor
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import reference
 from qlorag.kernels.nf4.codebook import thresholds
@@ -30,7 +30,7 @@ def dequantize(shape: list[int], dtypes: list[str], block_size: int, repeats: in
 
 
 def _dequantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, repeats: int) -> list[dict[str, Any]]:
-    why = nf4_rivals.why_not()
+    why = competitor.why_not()
     if why:
         raise SystemExit(why)
     import bitsandbytes.functional as bnb
@@ -40,7 +40,7 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, rep
     packed, absmax = nf4.quantize(w, block_size=block_size)
     codes, nested = nf4.quantize_absmax(absmax)
     scales = reference.dequantize_absmax(codes, nested)  # what bitsandbytes' kernel is given: already float32
-    theirs = nf4_rivals.state(scales, None, shape=shape, block_size=block_size, dtype=dtype)
+    theirs = competitor.state(scales, None, shape=shape, block_size=block_size, dtype=dtype)
     column = packed.view(-1, 1)
 
     def ours(backend: str, scales: Tensor, second: nf4.Nested | None, out: Tensor | None) -> Callable[[], Tensor]:
@@ -53,7 +53,7 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, rep
         "qlorag C, float32 absmax, out=": ours("c", scales, None, outs["plain"]),
         "qlorag C, double-quantized, fresh": ours("c", codes, nested, None),
         "qlorag reference, out=": ours("reference", codes, nested, outs["reference"]),
-        KERNEL: nf4_rivals.kernel(packed, scales, outs["bnb"], block_size),
+        KERNEL: competitor.kernel(packed, scales, outs["bnb"], block_size),
         PUBLIC: lambda: bnb.dequantize_4bit(column, theirs),
     }
     want = reference.dequantize(packed, scales, shape=shape, kind="nf4", block_size=block_size, dtype=dtype)

@@ -1,4 +1,6 @@
-"""What binds each Triton kernel on each card, from its machine code and the cards' data sheets: bench/ROOFLINE.md.
+"""What binds each Triton kernel on each card, from its machine code and the cards' data sheets.
+
+    python bench/machine_code/roofline.py     writes ROOFLINE.md beside this file
 
 Four times per element, of W or of the result where there is no W, the longest of which is a bound that no schedule
 beats:
@@ -13,10 +15,15 @@ Latency, bank conflicts, occupancy and clocks that fall under load are not in it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from sass import Case, Compiled
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # bench/, from which its files import each other
+
+from machine_code.sass import TARGETS, Compiled, compile_case  # noqa: E402
+from machine_code.sass_cases import Case, page_cases  # noqa: E402
 
 
 class Card(NamedTuple):
@@ -59,7 +66,7 @@ def page(cases: list[Case], results: dict[str, dict[str, Compiled]]) -> str:
     lines = [
         "# Roofline of the Triton kernels",
         "",
-        "Written by `python bench/sass.py --page bench/ROOFLINE.md` from the machine code of the kernels:",
+        "Written by `python bench/machine_code/roofline.py` from the machine code of the kernels:",
         "bfloat16 where the name says nothing else; NF4, block size 64, double-quantized (quantize: the codes and",
         "their float32 scales); rows of 4096, heads of 128.",
         "**GPU speed: not measured.**",
@@ -109,3 +116,13 @@ def page(cases: list[Case], results: dict[str, dict[str, Compiled]]) -> str:
             share = times["memory"] / times[longest]
             lines.append(f"| {case.name} | {card.name} | {' | '.join(cells)} | {share:.0%} |")
     return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    cases = page_cases()
+    results = {case.name: {name: compile_case(case, target) for name, target in TARGETS.items()} for case in cases}
+    (HERE / "ROOFLINE.md").write_text(page(cases, results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

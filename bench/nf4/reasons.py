@@ -1,4 +1,4 @@
-"""Why bars of nf4_bars.py are missed, and what would get there: sentences for BARS.md, beside the bars they are about.
+"""Why targets are missed, and what would reach them: sentences for TARGETS.md.
 
 They are about the machine of the committed results; what they rest on stands in NOTES.md.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reason:
-    """`pattern` fits the names of the bars that it is about."""
+    """`pattern` fits the names of the targets that it is about."""
 
     what: str
     pattern: str

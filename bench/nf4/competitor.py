@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nf4_names import AS_DOCUMENTED, REPACKED
+from harness.names import AS_DOCUMENTED, REPACKED
 from qlorag.kernels import nf4
 from torch import Tensor
 

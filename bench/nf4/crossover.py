@@ -14,8 +14,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from nf4_products import CPU, Weight, normal_x
-from nf4_timing import check_products, interleave
+from harness.timing import check_products, interleave
+from nf4.products import CPU, Weight, normal_x
 from qlorag.kernels import nf4
 from qlorag.kernels.native.level import LEVELS, levels_up_to
 from qlorag.kernels.nf4 import cpu

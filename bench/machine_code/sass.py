@@ -1,8 +1,7 @@
-"""What the Triton kernels compile to: instructions per element, registers, loads; and the roofline that follows.
+"""What the Triton kernels compile to: instructions per element, registers, loads.
 
-    python bench/sass.py                                  the table
-    python bench/sass.py --only "few rows" --target sm_90 --dump
-    python bench/sass.py --page bench/ROOFLINE.md         the committed page
+    python bench/machine_code/sass.py                     the table
+    python bench/machine_code/sass.py --only "few rows" --target sm_90 --dump
 
 No GPU is needed. Each kernel (sass_cases.py) is compiled for each target with 16-byte divisibility stated for its
 pointers, as a launch would find it, and the machine code is disassembled with the tools that come with Triton. From the
@@ -17,8 +16,7 @@ code:
     LDG, STG    widths in bits of the loads and stores of global memory in the hot code
     MMA         tensor-core instructions in the hot code
 
-The roofline (roofline.py) sets the time that a card's memory needs for the bytes of an element beside the time that
-its processors need to issue the instructions.
+roofline.py sets these figures beside what the memory of a card allows.
 """
 
 from __future__ import annotations
@@ -35,8 +33,10 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does unasked, after a warning
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, from which its files import each other
+
 import triton
-from sass_cases import DIVISIBLE, Case, cases, page_cases
+from machine_code.sass_cases import DIVISIBLE, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -250,25 +250,18 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="default: %(default)s")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--dump", action="store_true", help="print the machine code too")
-    parser.add_argument("--page", type=Path, help="write the page there: all for bfloat16, those of nf4 for float32")
     args = parser.parse_args()
-    chosen = page_cases() if args.page else [case for case in cases(args.dtype) if args.only in case.name]
-    results: dict[str, dict[str, Compiled]] = {}
     print(
         f"{'kernel':27} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} {'inst/elem':>9} {'BAR':>4}  LDG, STG, MMA"
     )
-    for case in chosen:
+    for case in [case for case in cases(args.dtype) if args.only in case.name]:
         for name in args.target:
-            c = results.setdefault(case.name, {})[name] = compile_case(case, TARGETS[name])
+            c = compile_case(case, TARGETS[name])
             per = "-" if c.per_element is None else f"{c.per_element:.2f}"
             tail = f"{counts(c.loads)}, {counts(c.stores)}, {counts(c.tensor_cores)}"
             print(f"{case.name:27} {name:7} {c.registers:5} {c.spilled:5} {c.shared:7} {per:>9} {c.barriers:4}  {tail}")
             if args.dump:
                 print(c.text)
-    if args.page:
-        from roofline import page
-
-        args.page.write_text(page(chosen, results))
     return 0
 
 

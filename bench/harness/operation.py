@@ -24,11 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import child
-import hardware
 import torch
-from nf4_names import OURS
-from nf4_timing import cuda_timer, interleave, statistics_of, wall
+from harness import child, hardware
+from harness.names import OURS
+from harness.timing import cuda_timer, interleave, statistics_of, wall
 from torch import Tensor
 
 WIDTH, HIDDEN, HEADS, HEAD, VOCABULARY = 576, 1536, 9, 64, 49152  # SmolLM2-135M

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nf4_timing import return_freed
+from harness.timing import return_freed
 from qlorag.quant import QuantizedLinear, quantize
 from torch import Tensor
 

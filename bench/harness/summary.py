@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nf4_names import DENSE, OURS
+from harness.names import DENSE, OURS
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def nf4(result: dict[str, Any]) -> Iterator[Headline]:
                 theirs["gelem_per_s"],
                 theirs["candidate"],
             )
-    few = [row for row in result.get("matmul", []) if row["bar"] and row["m"] == 1]
+    few = [row for row in result.get("matmul", []) if row["has_target"] and row["m"] == 1]
     for n, k in dict.fromkeys((row["n"], row["k"]) for row in few):
         here = [row for row in few if (row["n"], row["k"]) == (n, k)]
         best = _least([row for row in here if row["candidate"].startswith("bitsandbytes")], "ms")

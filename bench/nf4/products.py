@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import nf4_rivals
 import torch
 import torch.nn.functional as F
-from nf4_names import DENSE, OURS
-from nf4_timing import Timer, check_products, interleave, return_freed, statistics_of, wall
+from harness.names import DENSE, OURS
+from harness.timing import Timer, check_products, interleave, return_freed, statistics_of, wall
+from nf4 import competitor
 from qlorag.kernels import nf4
 from torch import Tensor
 
@@ -83,7 +83,7 @@ Candidates = dict[str, Callable[[], Tensor]]
 
 
 def _few(weight: Weight, x: Tensor, product: Callable[[Tensor], Tensor], dense: Tensor) -> Candidates:
-    theirs = nf4_rivals.products(x, weight.packed, weight.codes, weight.nested, shape=weight.shape)
+    theirs = competitor.products(x, weight.packed, weight.codes, weight.nested, shape=weight.shape)
     return {OURS: lambda: product(x), DENSE: lambda: F.linear(x, dense), **theirs}
 
 

@@ -1,12 +1,12 @@
 """The machine: what it is, and what it reaches. Every percentage in this folder is a percentage of these peaks.
 
-    python bench/hardware.py [--threads N] [--json FILE]
+    python bench/harness/hardware.py [--threads N] [--json FILE]
 
     read       a sum over an array much larger than the caches         GB/s: bytes read, none written
     GEMM       a product of two square matrices, float32 and bfloat16  GFLOP/s: 2 n^3 each
 
 A peak is the best of its repeats, not the median: it stands for what the hardware allows. All of it is about the
-processor; a GPU's peaks are measured where it is (nf4_gpu.py).
+processor; a GPU's peaks are measured where it is (nf4/gpu.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import child
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/, from which its files import each other
+
+from harness import child
 
 PACKAGES = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "sentence-transformers", "hnswlib")
 READ_BYTES = 512 * 2**20

@@ -1,4 +1,4 @@
-"""What quantizers.py measured, as a table, a page and a picture: functions of its results and of nothing else."""
+"""What measure.py found, as a table, a page and a picture: functions of its results and of nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-COMMAND = "python bench/quantizers.py --out bench"
+COMMAND = "python bench/quantizers/measure.py --out bench/quantizers"
 HEADER = ("quantizer", "block", "bits", "rms error", "worst block", "cosine, mean", "cosine, least")
 AFFINE = ("int4 affine, float16", "int4 affine, float32")
 # Colour says which 16 values, the line how a block's scale is kept: solid in few bits, dashed in float32.

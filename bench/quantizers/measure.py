@@ -1,7 +1,9 @@
 """What four bits cost: the error of NF4, FP4 and an affine int4 on real weights, and what is left of the embeddings.
 
-    python bench/quantizers.py [--model DIR] [--out bench]          measures; --out writes the three files
-    python bench/quantizers.py --from bench/quantizers.json --out bench     writes page and picture again
+    python bench/quantizers/measure.py [--model DIR] [--out DIR]     measures; --out writes the three files there
+    python bench/quantizers/measure.py --from FILE --out DIR         writes page and picture from a quantizers.json
+
+The committed files are those of `--out bench/quantizers`.
 
 The weights are those of the linear layers of all-MiniLM-L6-v2, 10.6 million numbers, which its authors published in
 float32. (SmolLM2 cannot serve: its file holds 4-bit numbers already.) Each quantizer stores them and reads them back:
@@ -38,14 +40,14 @@ from qlorag.quant import dequantize, quantize
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # loaded by a test, the folder of this file is not where its neighbours are looked for
+sys.path.insert(0, str(HERE.parent))  # bench/, from which its files import each other
 
-import child  # noqa: E402
-from quantizers_page import columns, draw, page  # noqa: E402
+from harness import child  # noqa: E402
+from quantizers.page import columns, draw, page  # noqa: E402
 
 BLOCK_SIZES = (32, 64, 128, 256)
 TEXTS = 100
-BUNDLED = HERE.parent / "recipes" / "bundled"
+BUNDLED = HERE.parents[1] / "recipes" / "bundled"
 
 
 class Stored(NamedTuple):

@@ -2,7 +2,7 @@
 
     python bench/bench_nf4.py --only gpu
 
-Time is taken by events in the GPU's queue with the caches emptied before each call (nf4_timing.py). Two limits are
+Time is taken by events in the GPU's queue with the caches emptied before each call (harness/timing.py). Two limits are
 measured beside the rest: a copy, for what moves bytes, and a large dense GEMM, for what multiplies. Quantizing ends by
 asking whether all weights were finite, so its time includes one wait for the GPU, as bitsandbytes' does not.
 
@@ -15,10 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import nf4_products
-import nf4_rivals
 import torch
-from nf4_timing import Timer, cuda_timer, interleave, statistics_of
+from harness.timing import Timer, cuda_timer, interleave, statistics_of
+from nf4 import competitor, products
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import reference
 from torch import Tensor
@@ -50,8 +49,8 @@ def job() -> dict[str, Any]:
 def measure(device: torch.device, timer: Timer, name: str, sizes: Sizes) -> dict[str, Any]:
     """One row per operation and candidate, with its share of the limit that binds it."""
     peak = dense_peak(device, timer, sizes.gemm)
-    few = nf4_products.few_rows([sizes.shape, sizes.wide], [*sizes.few], sizes.repeats, device=device, timer=timer)
-    many = nf4_products.many_rows(sizes.shape, [*sizes.many], sizes.repeats, device=device, timer=timer)
+    few = products.few_rows([sizes.shape, sizes.wide], [*sizes.few], sizes.repeats, device=device, timer=timer)
+    many = products.many_rows(sizes.shape, [*sizes.many], sizes.repeats, device=device, timer=timer)
     decoded = [row for dtype in (torch.bfloat16, torch.float32) for row in decode(device, timer, dtype, sizes)]
     copied = max(row["gb_per_s"] for row in decoded if row["candidate"] == COPY)
     for row in few:
@@ -61,7 +60,7 @@ def measure(device: torch.device, timer: Timer, name: str, sizes: Sizes) -> dict
         row["of_gemm"] = row["tflop_per_s"] / peak
     return {
         "device": name,
-        "bitsandbytes": nf4_rivals.why_not() or "compared with",
+        "bitsandbytes": competitor.why_not() or "compared with",
         "copy_gb_per_s": copied,
         "gemm_tflop_per_s": peak,
         "dequantize": decoded,
@@ -81,7 +80,7 @@ def dense_peak(device: torch.device, timer: Timer, size: int) -> float:
 
 def decode(device: torch.device, timer: Timer, dtype: torch.dtype, sizes: Sizes) -> list[dict[str, Any]]:
     """Rows of decoding a weight. Raises SystemExit: a result is not the reference's, bit for bit."""
-    weight = nf4_products.Weight.normal(sizes.shape, dtype, device)
+    weight = products.Weight.normal(sizes.shape, dtype, device)
     out = torch.full(sizes.shape, float("nan"), dtype=dtype, device=device)
     scales = reference.dequantize_absmax(weight.codes, weight.nested)
     options: dict[str, Any] = {"shape": sizes.shape, "kind": "nf4", "block_size": 64, "dtype": dtype}
@@ -89,10 +88,10 @@ def decode(device: torch.device, timer: Timer, dtype: torch.dtype, sizes: Sizes)
     candidates: dict[str, Callable[[], Tensor]] = {
         "qlorag, out=": lambda: nf4.dequantize(weight.packed, weight.codes, dtype=dtype, out=out, **weight.options)
     }
-    if not nf4_rivals.why_not():
+    if not competitor.why_not():
         import bitsandbytes.functional as bnb
 
-        state = nf4_rivals.state(weight.codes, weight.nested, shape=sizes.shape, block_size=64, dtype=dtype)
+        state = competitor.state(weight.codes, weight.nested, shape=sizes.shape, block_size=64, dtype=dtype)
         column = weight.packed.view(-1, 1)
         candidates["bitsandbytes dequantize_4bit"] = lambda: bnb.dequantize_4bit(column, state)
     for name, run in candidates.items():
@@ -125,7 +124,7 @@ def encode(device: torch.device, timer: Timer, sizes: Sizes) -> list[dict[str, A
     if not all(torch.equal(a, b) for a, b in zip(ours(), ours("reference"), strict=True)):
         raise SystemExit("qlorag: codes differ from the reference; a wrong result is not timed")
     candidates: dict[str, Callable[[], Any]] = {"qlorag": ours}
-    if not nf4_rivals.why_not():
+    if not competitor.why_not():
         import bitsandbytes.functional as bnb
 
         # Its CUDA kernel breaks ties otherwise than its CPU rule, so its codes are not compared.

@@ -76,12 +76,15 @@ def printable_arguments(
     calls = [call for message in given for call in _functions(message) if isinstance(call.get("arguments"), str)]
     if not calls:
         return given
-    try:
-        text = encoder.render(template, given, variables, cuts=[(len(given), False)], protect=False).texts[0]
-    except TemplateError:  # it wants objects
-        return [_with_objects(message) for message in given]
-    as_they_are = all(call["arguments"] in text for call in calls)
-    return given if as_they_are else [_with_objects(message) for message in given]
+    objects = [_with_objects(message) for message in given]
+    for candidate in (given, objects):
+        try:
+            text = encoder.render(template, candidate, variables, cuts=[(len(given), False)], protect=False).texts[0]
+        except TemplateError:
+            continue  # it wants the other, or refuses both and will say why
+        if candidate is objects or all(call["arguments"] in text for call in calls):
+            return candidate
+    return given
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

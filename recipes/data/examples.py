@@ -5,8 +5,9 @@
     batch = [examples[i] for i in batch_indices(len(examples), batch_size=4, seed=0, step=17)]
 
 What is learned:
-- a chat: every assistant turn, end-of-turn token included (`Tokenizer.chat_with_mask`), so not the question,
-  not the system message, not the newline after a turn;
+- a chat: every assistant turn, end-of-turn token included (`Tokenizer.chat_examples`), so not the question,
+  not the system message, not the newline after a turn. A chat that the template renders differently as it goes on
+  becomes one example per turn;
 - prompt and completion: the same, as a chat of one user and one assistant turn, when the tokenizer has a chat
   template (mlx-lm does so). A base model has none: then the prompt's tokens are followed by the completion's
   and the end token, and the completion and the end token are learned. Each side is encoded alone, as the
@@ -29,15 +30,16 @@ would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ...models.errors import ModelError
+from ...models.text.chat_labels import LabelledChat
 from ...models.text.tokenizer import Tokenizer
 from ..errors import DataError
 from .rows import Row, read_rows, read_split
@@ -76,7 +78,10 @@ class TokenizeReport:
     too_long:   of those dropped because they are longer.
     unlabelled: of those dropped because nothing in them would be learned.
     invalid:    of those left out under skip_invalid.
+    split:      how many rows became several examples, one per assistant turn.
     joined_plain: prompt and completion were joined without a chat template.
+    ends:       ids of the tokens that end what is learned: generation has to stop at each.
+    appended:   the template closes no turn, so an end token was written after each.
     """
 
     rows: int = 0
@@ -87,7 +92,10 @@ class TokenizeReport:
     too_long: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
+    split: int = 0
     joined_plain: bool = False
+    ends: frozenset[int] = frozenset()
+    appended: bool = False
 
     @property
     def dropped(self) -> int:
@@ -105,6 +113,10 @@ class TokenizeReport:
         ):
             if places:
                 parts.append(f"{len(places)} {what} (first {places[0]})")
+        if self.split:
+            parts.append(f"{self.split} of several turns, which the template renders one example a turn")
+        if self.appended:
+            parts.append("the template closes no turn: the end token is written after each and learned")
         if self.joined_plain:
             parts.append("no chat template: prompt and completion are joined as plain text")
         return "; ".join(parts)
@@ -117,22 +129,24 @@ def tokenize_rows(
     max_tokens: int,
     too_long: Literal["truncate", "drop"] = "truncate",
     skip_invalid: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[list[Example], TokenizeReport]:
     """The examples of `rows`, in order, and what became of each row.
 
     max_tokens:   most tokens in an example.  too_long: cut longer rows at their end, as mlx-lm does, or drop
                   them.
     skip_invalid: leave out rows that the chat template refuses, instead of raising.
+    variables:    for the chat template, such as the date that a run keeps; a row's own win.
     Raises DataError: the template refuses a row (file, line and the template's words), or no row is left.
     """
     if max_tokens < 2:
         raise DataError(f"max_tokens={max_tokens}: nothing can be predicted within it: give at least 2")
     report = TokenizeReport(rows=len(rows))
-    examples = []
+    examples: list[Example] = []
     for row in rows:
         place = f"{row.file}:{row.line}"
         try:
-            ids, mask = _tokenize(row, tok)
+            made = _tokenize(row, tok, variables or {})
         except ModelError as error:
             if not skip_invalid:
                 raise DataError(f"{place}: {error}") from error
@@ -140,40 +154,54 @@ def tokenize_rows(
             continue
         if row.kind == "completion" and not tok.has_chat_template:
             report.joined_plain = True
-        cut = len(ids) > max_tokens
-        if cut and too_long == "drop":
-            report.too_long.append(place)
-            continue
-        ids, mask = ids[:max_tokens], mask[:max_tokens]
-        if not any(mask[1:]):
-            report.unlabelled.append(place)
-            continue
-        if cut:
-            report.truncated.append(place)
-        examples.append(Example(ids, mask, row.line, row.file))
-        report.tokens += len(ids)
-        report.learned += sum(mask[1:])
-    report.kept = len(examples)
+        kept = [_cut(labelled, row, max_tokens, too_long, report) for labelled in made]
+        report.kept += any(kept)
+        report.split += len(made) > 1
+        for labelled, example in zip(made, kept, strict=True):
+            if example is not None:
+                examples.append(example)
+                report.tokens += len(example.ids)
+                report.learned += sum(example.mask[1:])
+                report.ends |= labelled.ends
+                report.appended |= labelled.appended
     if not examples:
         where = rows[0].file if rows else "data"
         raise DataError(f"{where}: no row can be trained on ({report.summary()}): mend them or raise max_tokens")
     return examples, report
 
 
-def _tokenize(row: Row, tok: Tokenizer) -> tuple[list[int], list[bool]]:
+def _cut(
+    labelled: LabelledChat, row: Row, max_tokens: int, too_long: Literal["truncate", "drop"], report: TokenizeReport
+) -> Example | None:
+    """The example within `max_tokens`; None if it is dropped. The report says what became of it."""
+    place = f"{row.file}:{row.line}"
+    cut = len(labelled.ids) > max_tokens
+    if cut and too_long == "drop":
+        report.too_long.append(place)
+        return None
+    ids, mask = labelled.ids[:max_tokens], labelled.mask[:max_tokens]
+    if not any(mask[1:]):
+        report.unlabelled.append(place)
+        return None
+    if cut:
+        report.truncated.append(place)
+    return Example(ids, mask, row.line, row.file)
+
+
+def _tokenize(row: Row, tok: Tokenizer, variables: Mapping[str, Any]) -> list[LabelledChat]:
     if row.kind == "text":
         # The writer of a formatted chat may have begun it with "<s>" already.
         bos = tok.special_tokens.get("bos_token")
         formatted = bos is not None and row.text.startswith(bos)
         ids = tok.encode(row.text, parse_special=True, add_special=not formatted)
         ids += [] if ids[-1:] == [_end(tok)] else [_end(tok)]
-        return ids, [True] * len(ids)
+        return [LabelledChat(ids, [True] * len(ids), frozenset({_end(tok)}))]
     if row.kind == "completion" and not tok.has_chat_template:
         prompt, completion = (message["content"] for message in row.messages)
         before = tok.encode(prompt, add_special=True)
         after = [*tok.encode(completion), _end(tok)]
-        return before + after, [False] * len(before) + [True] * len(after)
-    return tok.chat_with_mask(row.messages, tools=row.tools)
+        return [LabelledChat(before + after, [False] * len(before) + [True] * len(after), frozenset({_end(tok)}))]
+    return tok.chat_examples(row.messages, tools=row.tools, **{**variables, **row.variables})
 
 
 def _end(tok: Tokenizer) -> int:

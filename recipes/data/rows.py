@@ -11,10 +11,11 @@ A line is one row, and its keys say which shape it has. All shapes become one of
     {"text": "..."}                                            mlx-lm: plain text, all of it learned
 
 (`row_shapes` reads them.) Rows of different shapes may stand in one file. A row that fits two shapes is
-refused, and so is anything else that would have to be guessed: a wrong type, an unknown role, a key given
-twice, NaN. Other keys ("id", "source") are ignored. JSON written inside a content stays the string it is. A
-list of text parts becomes their text; other parts (images) are refused. The arguments of a tool call, a JSON
-string in OpenAI's shape, become the object that chat templates expect.
+refused, and so is anything else that would have to be guessed: a wrong type, an unknown role, an unknown key, a key
+given twice, NaN. Keys that say where a row comes from ("id", "source") and empty ones (null) pass. JSON written inside
+a content, and the arguments of a tool call, stay the strings they are. A list of text parts becomes their text; other
+parts (images) are refused. "system" beside the messages is their first message; "train": false on a message is
+"weight": 0.
 
 Blank lines, CRLF line ends and a UTF-8 byte-order mark are accepted. Every fault is one line, `file:line:
 ...`, and ends the reading, unless `skip_invalid` asks to count it and go on. A line is at most
@@ -24,8 +25,8 @@ Blank lines, CRLF line ends and a UTF-8 byte-order mark are accepted. Every faul
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ class Row:
     messages: [{"role", "content", ...}, ...]; empty for a text.
     text:     the text; "" for the others.
     tools:    JSON schemas of the functions the assistant may call, or None.
+    variables: for the chat template (enable_thinking, ...).
     file, line: where it stands, counted from 1.
     """
 
@@ -53,6 +55,7 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
     text: str = ""
     tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 def split_path(folder: str | Path, split: str) -> Path:
@@ -73,10 +76,13 @@ def read_split(folder: str | Path, split: str, *, skip_invalid: bool = False) ->
     return read_rows(path, skip_invalid=skip_invalid)
 
 
-def read_rows(path: str | Path, *, skip_invalid: bool = False) -> tuple[list[Row], list[str]]:
+def read_rows(
+    path: str | Path, *, skip_invalid: bool = False, ignore_keys: Collection[str] = ()
+) -> tuple[list[Row], list[str]]:
     """Every row of a JSON Lines file in order, and one message for each row that was left out.
 
     skip_invalid: leave faulty rows out instead of raising.
+    ignore_keys: keys of rows and messages that are left out instead of refused.
     Raises DataError: `file:line: what was found`, for the first faulty row; the file cannot be read or has no
     rows.
     """
@@ -86,7 +92,7 @@ def read_rows(path: str | Path, *, skip_invalid: bool = False) -> tuple[list[Row
         with open(path, "rb") as file:
             for number, line, complete in _lines(file):
                 try:
-                    rows.append(_parse(line, complete=complete, file=str(path), number=number))
+                    rows.append(_parse(line, complete=complete, file=str(path), number=number, ignore=ignore_keys))
                 except DataError as error:
                     if not skip_invalid:
                         raise
@@ -119,12 +125,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None, bool]]:
             yield number, line.strip(), complete
 
 
-def _parse(line: bytes | None, *, complete: bool, file: str, number: int) -> Row:
+def _parse(line: bytes | None, *, complete: bool, file: str, number: int, ignore: Collection[str]) -> Row:
     try:
         if line is None:
             raise Fault(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB: one row a line, split long documents")
         row = _decode(line, complete=complete)
-        return Row(file=file, line=number, **fields_of(row))
+        return Row(file=file, line=number, **fields_of(row, ignore=ignore))
     except Fault as fault:
         raise DataError(f"{file}:{number}: {fault}") from fault
 

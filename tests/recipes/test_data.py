@@ -23,7 +23,7 @@ CHATML = (
     "{% for m in messages %}"
     "{% if m.role == 'tool' and not tools %}{{ raise_exception('no tools were given') }}{% endif %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.name + ':' + call.function.arguments | tojson }}{% endfor %}"
+    "{{ call.function.name + ':' + call.function.arguments }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -143,7 +143,7 @@ def test_tools(tmp_path: Path, tok: Tokenizer) -> None:
         {"role": "assistant", "content": "five"},
     ]
     row = one(tmp_path, {"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]})
-    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == '{"x": 1}'
     assert learned(row, tok) == ['f:{"x": 1}<|im_end|>', "five<|im_end|>"]
     row = one(tmp_path, {"messages": turns})
     with pytest.raises(DataError, match=r"train\.jsonl:1: .*the template says: no tools were given"):
@@ -224,6 +224,102 @@ def test_lines_that_are_accepted(tmp_path: Path) -> None:
     assert skipped == []
 
 
+# ---------------------------------------------------------------- keys
+
+
+PAIR = {"prompt": "q", "completion": "a"}
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({**PAIR, "label": False}, r'key "label" is not known in prompt/completion: .*KTO'),
+        ({**PAIR, "label": True}, r'key "label" is not known in prompt/completion: .*KTO'),
+        ({"text": "a film", "label": 1}, r'key "label" is not known in text: .*class'),
+        ({**PAIR, "rejected": "b"}, r'key "rejected" .*worse answer'),
+        ({"messages": TURNS, "chosen": TURNS}, r'key "chosen" is not known in messages: .*preference'),
+        ({**PAIR, "systme": "be brief"}, r'key "systme" is not known .*known are prompt, completion, tools, system'),
+        ({"messages": [*TURNS[:1], {**TURNS[1], "loss": 0}]}, r'key "messages\[1\]\.loss" is not known in a message'),
+        (
+            {"messages": [{**TURNS[0], "function_call": {"name": "f"}}]},
+            r"messages\[0\]\.function_call.*write tool_calls",
+        ),
+        ({"messages": TURNS, "system": 5}, "system is a number, wanted a string"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *TURNS], "system": "t"},
+            "a system message and the key system",
+        ),
+        ({"messages": [*TURNS[:1], {**TURNS[1], "train": "no"}]}, r"messages\[1\]\.train is a string, wanted true or"),
+        ({"messages": [*TURNS[:1], {**TURNS[1], "train": False, "weight": 1}]}, "train false and weight 1: keep one"),
+        (
+            {"messages": [{**TURNS[0], "train": True}, TURNS[1]]},
+            r"messages\[0\] is to be learned, and its role is user",
+        ),
+        ({**PAIR, "chat_template_kwargs": [1]}, "chat_template_kwargs is a list, wanted an object"),
+        ({"messages": TURNS, "tools": "[{"}, "tools is not JSON"),
+    ],
+)
+def test_a_key_that_could_change_the_meaning_is_refused_by_name(tmp_path: Path, row: Any, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        one(tmp_path, row)
+
+
+def test_keys_that_change_nothing_pass(tmp_path: Path) -> None:
+    extra = {"id": 7, "source": "wiki", "label": None, "rejected": [], "functions": {}, "meta": {"label": 1}}
+    assert one(tmp_path, {**PAIR, **extra}).messages == tuple(TURNS)
+    nulls = [TURNS[0], {**TURNS[1], "refusal": None, "function_call": None, "tool_calls": []}]
+    assert one(tmp_path, {"messages": nulls}).messages == tuple(TURNS)
+
+
+def test_keys_that_the_caller_ignores(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", {**PAIR, "label": False}, {"messages": [TURNS[0], {**TURNS[1], "label": 1}]})
+    rows, _ = read_rows(path, ignore_keys={"label"})
+    assert rows[0].messages == rows[1].messages == tuple(TURNS)
+
+
+@pytest.mark.parametrize("shape", ["messages", "conversations", "prompt", "pair"])
+def test_a_system_beside_the_messages_is_the_first_of_them(tmp_path: Path, shape: str) -> None:
+    row: dict[str, Any] = {"prompt": TURNS[:1], "completion": TURNS[1:]} if shape == "prompt" else {shape: TURNS}
+    row = dict(PAIR) if shape == "pair" else row
+    messages = one(tmp_path, {**row, "system": "be brief"}).messages
+    assert messages == ({"role": "system", "content": "be brief"}, *TURNS)
+    assert one(tmp_path, {**row, "system": ""}).messages == tuple(TURNS)
+
+
+def test_train_false_is_weight_zero(tmp_path: Path, tok: Tokenizer) -> None:
+    again = [
+        {**TURNS[0], "train": False},
+        {**TURNS[1], "train": False},
+        *TURNS[:1],
+        {"role": "assistant", "content": "b"},
+    ]
+    assert learned(one(tmp_path, {"messages": again}), tok) == ["b<|im_end|>"]
+
+
+def test_variables_for_the_template_come_from_the_row(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        CHATML.replace("'<|im_start|>' + m.role", "'<|im_start|>' + (style or '') + m.role")
+    )
+    tok = load_tokenizer(tmp_path)
+    row = one(tmp_path, {**PAIR, "chat_template_kwargs": {"style": "grand "}})
+    assert "grand user" in tok.decode(tokenize_rows([row], tok, max_tokens=99, variables={"style": "x"})[0][0].ids)
+
+
+def test_what_became_of_the_rows_is_said(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+    )
+    tok = load_tokenizer(tmp_path)
+    rows = [one(tmp_path, {"messages": TURNS + TURNS}), one(tmp_path, PAIR)]
+    examples, report = tokenize_rows(rows, tok, max_tokens=99)
+    assert [example.line for example in examples] == [1, 1, 1]  # two turns, then the pair; each file has one line
+    assert (report.kept, report.split, report.appended, report.ends) == (2, 1, True, {tok.eos_id})
+    assert "1 of several turns" in report.summary() and "the end token is written after each" in report.summary()
+
+
 GOOD = '{"text": "ok"}'
 BAD: dict[str, tuple[bytes, str]] = {
     "cut off": (b'{"text": "abc', "the last line is cut off"),
@@ -293,7 +389,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         "tools is an object, wanted a list",
     ),
     "arguments": (
-        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{x"}}]}]}\n',
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}\n',
         r"messages\[0\]\.tool_calls\[0\]\.function\.arguments is not JSON",
     ),
     "surrogate": (b'{"text": "\\ud83d"}\n', "text holds half of a surrogate pair"),

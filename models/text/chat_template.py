@@ -25,6 +25,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,23 @@ class ChatTemplate:
 
     source: its text.  origin: where it was found, for messages.
     cpu_seconds, max_chars: limits of one render call.
+    now: what `strftime_now` tells the template; None: the time of the call.
     """
 
     def __init__(
-        self, source: str, *, origin: str, cpu_seconds: float = CPU_SECONDS, max_chars: int = MAX_CHARS
+        self,
+        source: str,
+        *,
+        origin: str,
+        cpu_seconds: float = CPU_SECONDS,
+        max_chars: int = MAX_CHARS,
+        now: datetime | None = None,
     ) -> None:
         self.source = source
         self.origin = origin
         self.cpu_seconds = cpu_seconds
         self.max_chars = max_chars
+        self.now = now
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -80,6 +89,7 @@ class ChatTemplate:
             "generation": generation,
             "cpu_seconds": self.cpu_seconds,
             "max_chars": self.max_chars,
+            "now": None if self.now is None else self.now.isoformat(),
         }
         try:
             line = json.dumps(request).encode("ascii") + b"\n"
@@ -154,6 +164,19 @@ class ChatTemplates:
 
     def __bool__(self) -> bool:
         return bool(self._templates)
+
+    @property
+    def prints_the_date(self) -> bool:
+        """Whether one of them asks what time it is (Llama 3.1 and 3.2 print today's date)."""
+        return any("strftime_now" in template.source for template in self._templates.values())
+
+    def at(self, now: datetime) -> ChatTemplates:
+        """The same templates, which are told that it is `now`."""
+        fixed = {
+            name: ChatTemplate(t.source, origin=t.origin, cpu_seconds=t.cpu_seconds, max_chars=t.max_chars, now=now)
+            for name, t in self._templates.items()
+        }
+        return ChatTemplates(fixed, folder=self._folder)
 
     def pick(self, *, tools: bool) -> ChatTemplate:
         """The one named "tool_use" when tools are given and it exists, else "default".

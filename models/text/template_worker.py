@@ -18,7 +18,7 @@ an object with methods of ours.
 
     {"template": str, "variables": {...}, "cuts": [[n, add_generation_prompt], ...], "generation": [open,
     close],
-     "cpu_seconds": float, "max_chars": int}
+     "cpu_seconds": float, "max_chars": int, "now": ISO 8601 or null}
 
 answers {"texts": [str, ...]}, one text per cut: the rendering of the first n messages; or {"error": str,
 "cut": int}. The environment is the one that Hugging Face templates are written for (transformers,
@@ -102,6 +102,15 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Now:
+    """The time that templates are told: that of the request, else the clock's."""
+
+    at: datetime | None = None
+
+
+_now = _Now()
+
+
 @lru_cache(maxsize=4)
 def _compile(source: str) -> jinja2.Template:
     env = ImmutableSandboxedEnvironment(
@@ -109,7 +118,7 @@ def _compile(source: str) -> jinja2.Template:
     )
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+    env.globals["strftime_now"] = lambda fmt: (_now.at or datetime.now()).strftime(fmt)
     env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     env.globals["namespace"] = PublicNamespace
     return env.from_string(source)
@@ -130,6 +139,7 @@ def _render(template: jinja2.Template, variables: dict[str, Any], max_chars: int
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Render every cut of one request; errors become data."""
     GenerationTag.marks = tuple(request["generation"])
+    _now.at = datetime.fromisoformat(request["now"]) if request["now"] else None
     variables = request["variables"]
     texts: list[str] = []
     cut = -1

@@ -22,8 +22,10 @@ length.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,17 @@ class Tokenizer:
                 f'{self._path}: token {largest} ("{token}") has no row in the model\'s {rows} rows: use the '
                 "model's own tokenizer, or a model whose embedding was resized after tokens were added"
             )
+
+    @property
+    def prints_the_date(self) -> bool:
+        """Whether its chat template prints the time of the call, so that the same chat differs from day to day."""
+        return self._templates.prints_the_date
+
+    def at(self, now: datetime) -> Tokenizer:
+        """The same tokenizer, whose chat templates are told that it is `now`: the same chat gives the same ids."""
+        fixed = copy.copy(self)
+        fixed._templates = self._templates.at(now)
+        return fixed
 
     @property
     def has_chat_template(self) -> bool:

@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -625,6 +626,15 @@ def test_the_end_of_a_turn_is_the_first_token_that_stops(folder: Path, tmp_path:
     """Phi-3.5 writes "<|end|>\n<|endoftext|>" after the last turn; generation stops at the first."""
     tok = with_template(folder, tmp_path, CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}")
     assert examples(tok, CHAT) == [["the quick answer<|im_end|>", "naïve 🙂🙂\n\nend<|im_end|>"]]
+
+
+def test_a_template_that_prints_the_date_can_be_held_at_one(folder: Path, tmp_path: Path) -> None:
+    tok = with_template(folder, tmp_path, "{{ strftime_now('%d %b %Y') }}" + CHATML)
+    assert tok.prints_the_date and not load_tokenizer(folder).prints_the_date
+    then = tok.at(datetime(2024, 7, 26))
+    assert tok.decode(then.chat(CHAT[:1])).startswith("26 Jul 2024")
+    assert then.chat(CHAT[:1]) != tok.chat(CHAT[:1])
+    assert tok.decode(tok.chat(CHAT[:1])).startswith(datetime.now().strftime("%d %b %Y"))
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}

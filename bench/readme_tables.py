@@ -78,8 +78,9 @@ def results_page(results: dict[str, Any]) -> str:
     """bench/RESULTS.md: the headlines of every benchmark."""
     rows = [_row(h) for name, result in results["results"].items() for h in headlines(name, result)]
     intro = (
-        "Written by `python bench/readme_tables.py` from `bench/results.json`; a test compares. Each figure is beside the "
-        "best\nform of its baseline in the same run. A ratio above 1 is better for speeds, below 1 for times and memory."
+        "Written by `python bench/readme_tables.py` from `bench/results.json`; a test compares. Each figure is beside\n"
+        "the best form of its baseline in the same run. A ratio above 1 is better for speeds, below 1 for times and\n"
+        "memory."
     )
     return "\n\n".join(["# Results", intro, "\n".join([COLUMNS, *rows]), machine(results)]) + "\n"
 

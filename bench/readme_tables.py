@@ -1,9 +1,9 @@
-"""Fills the tables of README.md and bench/nf4/TARGETS.md from committed results: no number is typed by hand.
+"""Writes the tables of README.md and the pages RESULTS.md and nf4/TARGETS.md, so that no number is typed by hand.
 
-    python bench/readme_tables.py          rewrites the three marked parts of README.md, and TARGETS.md
+    python bench/readme_tables.py          rewrites the three marked parts of README.md, and both pages
 
-`measured`, `demo` and the targets come from bench/results.json, `reading` from the files themselves. Tests run
-this and compare. A figure that README.md has and the results have not is named on standard error.
+`measured`, `demo` and the pages come from bench/results.json, `reading` from the files themselves. Tests run
+this and compare. A figure that README.md has and the results lack is named on standard error.
 """
 
 from __future__ import annotations
@@ -37,6 +37,24 @@ READING = (
     ("recipes/rag/answer.py", "a question, its passages, an answer with sources"),
 )
 
+# The rows of README.md: a benchmark and how the name of its figure begins. The first such figure is taken, whether
+# it is better or worse than its baseline. bench/RESULTS.md has all of them.
+SHOWN = (
+    ("train", "LoRA training, nf4 base: tok/s"),
+    ("train", "LoRA training, nf4 base: peak RSS"),
+    ("train", "LoRA training, dense base: tok/s"),
+    ("generate", "prefill, nf4 base"),
+    ("generate", "decode, nf4 base"),
+    ("generate", "generating, nf4 base: peak RSS"),
+    ("generate", "decode, dense base"),
+    ("nf4", "NF4 dequantize to bfloat16"),
+    ("nf4", "NF4 product, 1 row, 4096x4096"),
+    ("cross_entropy", "cross_entropy, 256 rows, bfloat16: ms"),
+    ("embed", "embedding: texts/s"),
+    ("retrieval", "store, hnsw"),
+)
+COLUMNS = "| figure | qlorag | baseline | qlorag / baseline | of the hardware's limit |\n|---|---:|---:|---:|---:|"
+
 
 def reading() -> str:
     """File, lines, what you learn."""
@@ -48,11 +66,28 @@ def reading() -> str:
 
 
 def measured(results: dict[str, Any]) -> str:
-    """Each benchmark's headlines, with the machine they were taken on."""
+    """The headlines of SHOWN, with the machine they were measured on."""
+    found = {name: headlines(name, result) for name, result in results["results"].items()}
+    rows = []
+    for name, start in SHOWN:
+        rows += [_row(h) for h in found.get(name, []) if h.what.startswith(start)][:1]
+    return "\n".join([COLUMNS, *rows]) + "\n\n" + machine(results)
+
+
+def results_page(results: dict[str, Any]) -> str:
+    """bench/RESULTS.md: the headlines of every benchmark."""
+    rows = [_row(h) for name, result in results["results"].items() for h in headlines(name, result)]
+    intro = (
+        "Written by `python bench/readme_tables.py` from `bench/results.json`; a test compares. Each figure is beside\n"
+        "the best form of its baseline in the same run. A ratio above 1 is better for speeds, below 1 for times and\n"
+        "memory."
+    )
+    return "\n\n".join(["# Results", intro, "\n".join([COLUMNS, *rows]), machine(results)]) + "\n"
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Processor, peaks, date, commit and versions, in one paragraph."""
     m, peaks = results["machine"], results["machine"]["peaks"]
-    rows = ["| figure | here | beside it | ratio | of the hardware's limit |", "|---|---:|---:|---:|---:|"]
-    for name, result in results["results"].items():
-        rows += [_row(h) for h in headlines(name, result)]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     where = (
         f"{peaks['device']}, {peaks['threads']} threads ({peaks['instructions']}), no GPU; "
@@ -61,7 +96,7 @@ def measured(results: dict[str, Any]) -> str:
         f"{results['date'][:10]}, commit {results['commit']}; {versions}. GPU speed: not measured."
     )
     notes = "".join(f" Note: {x['note']}." for x in results["results"].values() if "note" in x)
-    return "\n".join(rows) + "\n\n" + where + notes
+    return where + notes
 
 
 def _row(h: Headline) -> str:
@@ -120,6 +155,7 @@ def main() -> None:
     for figure in sorted({*figures(before)} - {*figures(after)}):
         print(f"README.md no longer has: {figure}", file=sys.stderr)
     path.write_text(after, encoding="utf-8")
+    (ROOT / "bench" / "RESULTS.md").write_text(results_page(results), encoding="utf-8")
     (ROOT / "bench" / "nf4" / "TARGETS.md").write_text(targets.page(results), encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Putting adapters into a model and taking them out again.
 
-`attach` replaces each chosen layer by a `LoRALinear` that holds it, and freezes everything else; `detach`
-puts the very same layer objects back. Everything is checked before the first layer is replaced.
+`attach` replaces each selected layer by a `LoRALinear` that holds it, and freezes everything else; `detach`
+puts the same layer objects back. All checks come before the first replacement.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def attach(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Give every layer that `config` means a new adapter, freeze all else, return the layers' paths.
+    """Give every layer that `config` selects a new adapter, freeze all else, return the layers' paths.
 
-    seed:  fixes every A (B is zero), whatever the device; torch's global generator is neither used nor moved.
+    seed:  of the initial values of A (B is zero), the same on every device; torch's global generator is not used.
     dtype, compute_dtype: as in `LoRALinear`.
     Raises AdapterError: a target matches nothing, or the model has adapters already. It is then unchanged.
     """
@@ -65,7 +65,7 @@ def detach(model: nn.Module) -> list[str]:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of everything that an optimizer should move."""
+    """(name, parameter) of everything that the optimizer updates."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -101,7 +101,7 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def place(model: nn.Module, adapted: dict[str, LoRALinear], *, trainable: bool = True) -> None:
-    """Put the adapted layers in their paths; then A and B are trainable (or not) and nothing else is."""
+    """Put the adapted layers at their paths; only A and B are trainable, or nothing if `trainable` is False."""
     for p in model.parameters():
         p.requires_grad_(False)
     for path, layer in adapted.items():

@@ -5,8 +5,8 @@ LoRA (arXiv:2106.09685, section 4.1) replaces a frozen weight W [N, K] by W + s 
     s = alpha / R            the paper's scale: alpha fixes the step size while R is varied
     s = alpha / sqrt(R)      rsLoRA (arXiv:2312.03732): the scale under which large ranks keep learning
 
-`LoRAConfig` is the whole of it. Names follow the papers; `peft_config.py` maps them to PEFT's spelling
-(`lora_alpha`, `use_rslora`, ...). Its two patterns give single layers another rank or alpha, by PEFT's rule.
+Names follow the papers; `peft_config.py` maps them to PEFT's spelling (`lora_alpha`, `use_rslora`, ...). The
+two patterns give single layers another rank or alpha, by PEFT's rule.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class LoRAConfig:
 
     r:             rank R of the update, >= 1.
     alpha:         numerator of the scale.
-    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base
-                   never sees it.
+    dropout:       probability in [0, 1) that an input of the LoRA branch is zeroed in training; the base's
+                   input is never zeroed.
     targets:       "all-linear" (every linear layer but the output head), or a list of names, each a whole
                    module path or its end ("q_proj", "self_attn.q_proj"), or one string: a regular expression
                    that must match the whole path.
-    num_layers:    only the last this many blocks (`...layers.<i>...`); None means all of the model.
+    num_layers:    adapt only the last `num_layers` blocks (`...layers.<i>...`); None means the whole model.
     rslora:        divide alpha by sqrt(R) instead of R.
-    exclude:       names or one regular expression, as in `targets`; it wins over `targets`.
+    exclude:       names or one regular expression, as in `targets`; excluded layers are never adapted.
     rank_pattern:  {pattern: r} for layers that differ; a pattern is a regular expression for the end of the
-                   path, begun at a dot ("down_proj", "layers.3.mlp.up_proj"); the first that matches wins.
+                   path, starting after a dot ("down_proj", "layers.3.mlp.up_proj"); the first match applies.
     alpha_pattern: {pattern: alpha}, likewise.
     Raises AdapterError: a value is outside its range, or a pattern is not a regular expression.
     """
@@ -85,12 +85,12 @@ class LoRAConfig:
         return _first_match(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
-        """Alpha of the layer at `path`."""
+        """alpha of the layer at `path`."""
         return _first_match(self.alpha_pattern, path, self.alpha)
 
 
 def _first_match(patterns: Mapping[str, _Value], path: str, default: _Value) -> _Value:
-    """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, begun at a dot."""
+    """PEFT's rule (`get_pattern_key`): the first key that matches the end of the path, starting after a dot."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value

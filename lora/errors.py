@@ -1,4 +1,4 @@
-"""The one exception of this room: an adapter that cannot be attached, read, written or merged as asked."""
+"""The exception of this package: an adapter cannot be attached, read, written or merged."""
 
 from __future__ import annotations
 

@@ -3,16 +3,16 @@
     adapter_config.json          see `peft_config.py`
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight [R, K], .lora_B.weight [N, R], float32
 
-PEFT loads such a folder, and `load.py` loads PEFT's. What PEFT has no field for goes into the safetensors
-header, which PEFT does not read: the fingerprint of the base that the adapter was trained against, how
-that base was quantized, and a copy of the five fields that set ranks and scales.
+PEFT loads such a folder, and `load.py` loads PEFT's. The safetensors header, which PEFT does not read, holds
+what PEFT has no field for: the fingerprint of the base that the adapter was trained against, how that base
+was quantized, and a copy of the five fields that set ranks and scales.
 
 Writing: each file under a temporary name, fsync, rename; the tensors first, the config last, so a folder
 without a config is an interrupted save. When an older adapter is overwritten, a crash between the two
-renames pairs new tensors with the old config; the copy of the fields is what tells them apart.
+renames pairs new tensors with the old config; reading detects it by the copy of the fields.
 
-Reading is strict. PEFT's own loader warns about missing keys and goes on; here everything that does not
-fit is an error that names file and key.
+Reading is strict. PEFT's own loader warns about missing keys and continues; here a missing, unexpected or
+wrong tensor or field is an error that names file and key.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def save_adapter(
 
 
 def _in_order(file: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: the writer orders it at random, and equal adapters are to
-    be equal files.
+    """The same safetensors file with sorted metadata. The writer's order is random, and equal adapters should give
+    equal files.
     """
     length = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + length])
@@ -110,9 +110,9 @@ def _in_order(file: bytes) -> bytes:
 
 
 def adapter_info(directory: str | Path) -> AdapterInfo:
-    """What an adapter's files say, without a model: for `inspect`, and to load the base the adapter wants.
+    """What an adapter's files say, without a model: for `inspect`, and to load the base that the adapter needs.
 
-    Raises AdapterError: a file is missing, damaged, or not an adapter that this room supports.
+    Raises AdapterError: a file is missing, damaged, or not an adapter that this package supports.
     """
     return read_adapter(Path(directory)).info
 
@@ -215,7 +215,7 @@ def _json_object(file: Path, field: str, metadata: Mapping[str, str]) -> dict[st
 
 
 def _write(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or the file that was there before: temporary name, fsync, rename, fsync."""
+    """Write `data` to `path` in full or not at all: temporary name, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

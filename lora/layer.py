@@ -2,25 +2,25 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ         LoRA, arXiv:2106.09685, equation 3;  x̃ = dropout(x),  s = alpha / R
 
-The base layer computes x Wᵀ + b by its own means (dense, 4-bit, anything callable that has `in_features`
-and `out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K),
-B at zero, so that a new adapter changes nothing.
+The base layer computes x Wᵀ + b itself (dense, 4-bit, anything callable that has `in_features` and
+`out_features`) and is frozen. Only A [R, K] and B [N, R] are trained: A starts uniform in ±1/sqrt(K), B at
+zero, so that a new adapter changes nothing.
 
-What this file decides, and why:
+Three decisions:
 
 *Two thin products, never B A.* x̃ Aᵀ and then Bᵀ cost T R (K + N) multiplications; forming B A would cost
 N R K and then a second full layer. The second product is accumulated onto a copy of the base's output, which
 saves one [T, N] tensor and, in bf16, one rounding.
 
-*What is saved for backward.* x itself, in its own dtype, which dA cannot do without (q, k and v share one x);
-A and B; and h = s x̃ Aᵀ [T, R], R/K of the size of x, a percent or so, which spares backward one reading of x.
-The dropout mask is not saved: it is drawn again from its seed.
+*What is saved for backward.* x in its own dtype, which dA needs (q, k and v share one x); A and B; and
+h = s x̃ Aᵀ [T, R], R/K of the size of x, about a percent, which saves the backward one reading of x. The
+dropout mask is not saved: it is drawn again from its seed.
 
-*Precision.* A and B are float32 also over a bf16 or 4-bit base: an optimizer's step is often smaller than
-half a bf16 ulp of the weight and would round away. The products run in the input's own dtype. On a CPU a half
-precision product of few rows is slower than a float32 one (the call's overhead and the conversions of A and B
-outweigh it), so short inputs are computed in float32. The README has the measurement; `compute_dtype`
-overrides.
+*Precision.* A and B are float32, also over a bf16 or 4-bit base: an optimizer's step is often smaller than
+half a bf16 ulp of the weight and would be rounded away. The products run in the dtype of the input. On a CPU
+a 16-bit product of few rows is slower than a float32 one (the overhead of the call and the conversion of A
+and B cost more), so short inputs are computed in float32. The README has the measurement; `compute_dtype`
+overrides this.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from .config import check_alpha, check_dropout, check_rank, scaling
 from .errors import AdapterError
 
-# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossing lies
-# between 100 and 160 rows (K, N = 576..1536, R = 8, AVX512-BF16 and AMX); where bf16 products are slower
-# it is higher.
+# Below this many rows a bf16 or fp16 branch on a CPU is computed in float32. The measured crossover is between
+# 100 and 160 rows (K, N = 576..1536, R = 8, Intel Xeon with AVX512-BF16 and AMX); it is higher where bf16
+# products are slower.
 SHORT_INPUT = 128
 
 
@@ -104,7 +104,7 @@ def _rows(x: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
 
 
 def _mask(x: Tensor, p: float, seed: int, s: float) -> tuple[Tensor | None, float]:
-    """The kept elements (bool, x's shape; None if all are) and s / (1 - p), which makes up for the others.
+    """The mask (bool, x's shape; True is kept, None if all are) and s / (1 - p), which keeps E[x̃] = x.
 
     Each element is decided by 16 random bits, four elements to a 64-bit draw: a quarter of the time of
     `bernoulli_`, which would cost a CPU more than the layer itself. p is thereby rounded to a multiple of
@@ -127,7 +127,7 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 class LoRALinear(nn.Module):
     """y = base(x) + s (dropout(x) Aᵀ) Bᵀ       s = alpha / R         (arXiv:2106.09685)
 
-    base:          the layer to adapt; callable, with `in_features` K and `out_features` N. It stays as it is.
+    base:          the layer to adapt; callable, with `in_features` K and `out_features` N. It is not changed.
     r, alpha:      rank and numerator of the scale; with `rslora` the scale is alpha / sqrt(R).
     dropout:       probability for the branch's input, in training mode only. The mask's seed comes from
                    torch's global CPU generator: `torch.manual_seed` makes a step reproducible, and activation
@@ -197,7 +197,7 @@ class LoRALinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` can carry LoRA: a linear layer by duck type, and not already an adapted one."""
+    """Whether `module` can be adapted: a linear layer by duck type that is not adapted already."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return not isinstance(module, LoRALinear) and all(isinstance(n, int) for n in features)
 

@@ -1,8 +1,7 @@
 """Putting a saved adapter into a model.
 
-Every check is made, and every layer built, before the first layer is replaced: a refused adapter leaves
-the model as it was. The tensors must be exactly those that `target_modules` asks for in this model,
-neither fewer nor more.
+All checks are made, and all layers built, before the first layer is replaced, so a refused adapter leaves
+the model unchanged. The tensors must be exactly those that `target_modules` selects in this model.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def load_adapter(
 
 
 def _check_paths(layers: Mapping[str, nn.Module], files: AdapterFiles) -> None:
-    """The tensors' layers are exactly those that the config means in this model, or AdapterError."""
+    """Raise AdapterError unless the tensors' layers are exactly those that the config selects in this model."""
     named, file = files.info.layers, files.tensors_path
     if unknown := [path for path in named if path not in layers]:
         raise AdapterError(

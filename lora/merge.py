@@ -27,7 +27,7 @@ class LayerMerge:
     path: str
     max_abs_delta: float  # max |s B A|
     relative: float  # ||s B A|| / ||W||
-    rounding: float  # ||W' - (W + s B A)|| / ||s B A||; 0 if nothing was to be rounded or added
+    rounding: float  # ||W' - (W + s B A)|| / ||s B A||; 0 if the update is 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Replace every adapted layer by a plain `nn.Linear` that holds W + s B A, and report what changed.
 
     dtype: of the new weights; None keeps a dense base's own. A quantized base has none, so it must be given.
-    The base layers are not written to; layers without an adapter stay what they are (`to_dense` decodes one).
+    The base layers are not written to; layers without an adapter stay unchanged (`to_dense` decodes one).
     Raises AdapterError: no adapter; a 4-bit base without `dtype`; a weight shared with another module; values
     that are not finite. All but an overflow of `dtype` are found before the first layer is replaced.
     """
@@ -110,7 +110,7 @@ def to_dense(layer: nn.Module, dtype: torch.dtype, *, weight: Tensor | None = No
 
 
 def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Everything that can be wrong before a layer is replaced."""
+    """All checks that come before the first layer is replaced."""
     layers = require_attached(model)
     owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -1,10 +1,10 @@
 """`adapter_config.json` as PEFT 0.21 writes and reads it.
 
 Read: r, lora_alpha, lora_dropout, use_rslora, rank_pattern, alpha_pattern and the selection of modules.
-Every other feature of PEFT that changes what the tensors mean is refused by name; `NEUTRAL` lists the
-value under which each means nothing. A key that is in no list is let pass when it is off (null, false,
-empty) or a plain number or string, which only parametrise a feature; a flag that is on or a nested
-setting is refused, for it may be one.
+Every other feature of PEFT that changes what the tensors mean is refused by name; `NEUTRAL` lists the value
+that switches each off. A key that is in no list is accepted when it is off (null, false, empty) or a plain
+number or string, which only parametrises a feature. A flag that is on, or a nested setting, is refused: it
+may switch on a feature.
 
 Written: PEFT's whole set of keys, sorted, with `target_modules` such that PEFT finds exactly the same layers.
 """
@@ -25,7 +25,7 @@ from .targets import selected
 
 PEFT_VERSION = "0.21.2"  # whose keys are written; PEFT reads its own older and newer ones too
 
-# What is written for the features that this room does not have, and what is accepted when read.
+# Features that this package does not have: the value that is written, and the only one accepted when read.
 NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -45,7 +45,7 @@ NEUTRAL: dict[str, Any] = {
     "use_qalora": False,
     "velora_config": None,
 }
-# Settings of how A and B were first filled, or of features above: without meaning once the tensors are there.
+# Settings of the initial values of A and B, or of the features above: no effect on saved tensors.
 IGNORED: dict[str, Any] = {
     "auto_mapping": None,
     "corda_config": None,
@@ -59,15 +59,14 @@ IGNORED: dict[str, Any] = {
     "revision": None,
     "runtime_config": None,
 }
-# The fills that leave the base's weights alone. The others (pissa, olora, corda, loftq, lora_ga, mica)
-# move part of the base into the adapter or freeze part of it, so the file means something else beside the
-# original base.
+# The initializations that do not change the base's weights. The others (pissa, olora, corda, loftq, lora_ga, mica)
+# move part of the base into the adapter or freeze part of it, so their files do not fit the original base.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that a file names: the part of a PEFT config that only a model can turn into paths."""
+    """The modules that a PEFT config selects; `paths` resolves them in a given model."""
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
@@ -75,7 +74,7 @@ class Selection:
     layers_pattern: tuple[str, ...]
 
     def paths(self, existing: Iterable[str]) -> list[str]:
-        """Those of `existing` that the file means, by PEFT's rule."""
+        """Those of `existing` that the file selects, by PEFT's rule."""
         chosen = selected(existing, self.target_modules, self.exclude_modules)
         return chosen if self.layers is None else [path for path in chosen if self._block(path) in self.layers]
 

@@ -1,10 +1,10 @@
-"""Which layers a configuration means, in a given model.
+"""Which layers of a model a configuration selects.
 
 The rules are PEFT's (`check_target_module_exists`), so that a file means the same modules there and here:
 a name in a list matches a path that equals it or ends in "." + name; a string is a regular expression for
-the whole path; `exclude` wins. "all-linear" is every linear layer but the output head. The refusal is
-ours: a name that matches nothing is an error that says what exists; a typo would otherwise silently train
-fewer layers.
+the whole path; `exclude` takes precedence. "all-linear" is every linear layer but the output head. One rule
+is not PEFT's: a name that matches nothing is an error that lists what exists, because a typo would otherwise
+silently train fewer layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model as it is without adapters: the inside of a LoRALinear is not entered."""
+    """(path, module) of the model without adapters: the modules inside a LoRALinear are left out."""
     skip: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
         if path.startswith(skip) and skip:
@@ -35,24 +35,24 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: layer} of everything that could carry LoRA."""
+    """{path: layer} of every layer that can be adapted."""
     return {path: module for path, module in walk(model) if path and is_linear(module)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """{path: layer} of everything that does carry LoRA."""
+    """{path: layer} of every adapted layer."""
     return {path: module for path, module in walk(model) if isinstance(module, LoRALinear)}
 
 
 def matches(patterns: str | Sequence[str], path: str) -> bool:
-    """Whether `path` is meant, by one regular expression for all of it or by a list of names or path ends."""
+    """Whether `patterns` select `path`: one regular expression for the whole path, or a list of names or path ends."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
 def selected(paths: Iterable[str], targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
-    """Those of `paths` that `targets` means and `exclude` does not."""
+    """Those of `paths` that `targets` selects and `exclude` does not."""
     chosen = [path for path in paths if not (exclude and matches(exclude, path))]
     if targets == ALL_LINEAR:
         return [path for path in chosen if not matches((HEAD,), path)]
@@ -104,7 +104,7 @@ def _last_blocks(model: nn.Module, count: int) -> range:
 
 
 def _described(config: LoRAConfig) -> str:
-    """The selection in words; a bare name given as a string is a likely slip, so it gets a hint."""
+    """The selection in words; a bare name given as a string is probably a mistake and gets a hint."""
     text = f"targets={config.targets!r}"
     text += f" with exclude={config.exclude!r}" if config.exclude else ""
     text += f" in the last {config.num_layers} blocks" if config.num_layers is not None else ""

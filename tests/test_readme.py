@@ -72,5 +72,8 @@ def test_the_tables_say_what_the_files_say() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     readme = (ROOT / "README.md").read_text()
-    wanted = tables.filled(readme, json.loads((ROOT / "bench" / "results.json").read_text()))
-    assert readme == wanted, "run: python bench/readme_tables.py"
+    results = json.loads((ROOT / "bench" / "results.json").read_text())
+    assert readme == tables.filled(readme, results), "run: python bench/readme_tables.py"
+    page = (ROOT / "bench" / "RESULTS.md").read_text()
+    assert page == tables.results_page(results), "run: python bench/readme_tables.py"
+    assert len(tables.figures(readme)) == len(tables.SHOWN) <= 12

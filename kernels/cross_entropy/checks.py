@@ -1,4 +1,4 @@
-"""What the arguments of the loss must be."""
+"""Checks of the arguments of the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Raise ValueError: a label is outside the vocabulary. This looks at values, which a compiler cannot."""
+    """Raise ValueError: a label is outside the vocabulary. This reads values, which a tracer does not have."""
     if labels.is_meta:
         raise ValueError("labels are on meta, where tensors have no values: load them first")
     least, most = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)

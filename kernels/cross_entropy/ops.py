@@ -1,14 +1,14 @@
-"""The loss with the gradients of its inputs, taken together in the forward pass.
+"""The loss and the gradients of its inputs, computed together in the forward pass.
 
-The loss is the last thing a step computes, so its incoming gradient is one number g: dh and dW are computed while the
-logits are at hand, and the backward multiplies them by g. Saved for backward: dh [n, D], and dW [V, D] if the head is
+The loss is the last operation of a forward pass, so its incoming gradient is one number g: dh and dW are computed while
+the logits exist, and the backward multiplies them by g. Saved for backward: dh [n, D], and dW [V, D] if the head is
 trained. Of the logits [n, V] only a part exists at a time:
 
-    slices.py    torch, on any device: a slice of the vocabulary
-    rows.py      Triton, on a GPU: a few rows
+    slices.py    torch, on any device: one slice of the vocabulary at a time
+    rows.py      Triton, on a GPU: a few rows at a time
 
-In either, for 16-bit inputs logits are rounded to 16 bits by the platform's GEMM and widened to float32 before the
-softmax; that is what a model in that dtype computes at inference too.
+In both, the platform's GEMM rounds the logits of 16-bit inputs to 16 bits, and they are converted to float32 before
+the softmax. A model in that dtype does the same at inference.
 """
 
 from __future__ import annotations
@@ -61,5 +61,5 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """g [] -> (dh, dW), each only if asked for."""
         dh, dw = ctx.saved_tensors
-        # g stays float32, as float16 does not hold a loss scale of 65536; a number alone does not widen the product
+        # g stays float32, since a loss scale of 65536 overflows float16; a 0-dim tensor does not change the dtype of dh
         return None if dh is None else dh * g, None if dw is None else dw * g, None, None

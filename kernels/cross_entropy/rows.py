@@ -1,4 +1,4 @@
-"""Loss and gradients on a GPU, a few rows at a time: Triton takes a row's loss and writes its gradient over its logits.
+"""Loss and gradients on a GPU, a few rows at a time: Triton computes a row's loss and overwrites its logits with dz.
 
     z   = h Wᵀ                               one chunk of rows, [c, V]
     L   = sum_i logsumexp(z_i) - z_i[label_i]

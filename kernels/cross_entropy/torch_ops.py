@@ -1,4 +1,4 @@
-"""The loss as one of torch's operations, for torch.compile: labels and slices depend on values it does not have."""
+"""The loss as a registered torch operation, for torch.compile: it reads the labels, which a tracer cannot."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradient(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # the gradients themselves are not differentiated: what comes back for them is not looked at
+    # The outputs dh and dw are not differentiable, so their incoming gradients are ignored.
     dh, dw = ctx.saved_tensors
     return (
         dh * g if ctx.wants_hidden else None,

@@ -1,11 +1,11 @@
-"""Loss and gradient of a row of logits on a GPU, the gradient in place of the logits.
+"""Loss and gradient of a row of logits on a GPU; the gradient overwrites the logits.
 
     L  = logsumexp(z) - z[label]
     dz = softmax(z) - onehot(label)
 
 One program per row, two passes over it: the first keeps a running maximum and a sum that is rescaled whenever the
-maximum grows (arXiv:1805.02867), the second overwrites. Sums are float32 whatever z is; dz is rounded once, to the
-dtype of z. The row is read twice and written once; that it is read from memory only once is up to the cache.
+maximum grows (arXiv:1805.02867), the second overwrites. Sums are float32 for every dtype of z; dz is rounded once, to
+the dtype of z. The row is read twice and written once; a row that fits into the cache is read from memory once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def loss_and_gradient_kernel(
     for first in range(0, columns, BLOCK):
         v = first + tl.arange(0, BLOCK)
         x = tl.load(start + v, mask=v < columns, other=float("-inf")).to(tl.float32)
-        # Each lane has a maximum of its own. Where it has seen nothing yet, both are -inf: exp(0) of a sum of 0.
+        # Each lane has its own maximum. Before its first element both are -inf, and the guards make that exp(0) * 0.
         grown = tl.maximum(largest, x)
         shift = tl.where(grown == float("-inf"), 0.0, grown)
         total = total * tl.exp(tl.where(largest == float("-inf"), 0.0, largest - shift)) + tl.exp(x - shift)
@@ -46,7 +46,7 @@ def loss_and_gradient_kernel(
     lse = overall + tl.log(tl.sum(total * tl.exp(largest - overall), axis=0))
     tl.store(losses + row, lse - tl.load(start + label).to(tl.float32))
     if GRADIENT:
-        tl.debug_barrier()  # the label's logit has been read by all before any is overwritten
+        tl.debug_barrier()  # all threads read the label's logit before any overwrites it
         for first in range(0, columns, BLOCK):
             v = first + tl.arange(0, BLOCK)
             x = tl.load(start + v, mask=v < columns, other=0).to(tl.float32)

@@ -1,10 +1,10 @@
-"""Which backend runs an operation that has a Triton kernel and plain torch: one rule for all of them.
+"""Choose the backend of an operation that has a Triton kernel and a torch implementation: one rule for all operations.
 
-`backend=None` takes Triton for tensors on a GPU and torch for everything else; a backend that is named runs, or
-ValueError says why it cannot. Both follow the operation's reference.py, so the choice is only about speed and memory.
+`backend=None` takes Triton for tensors on a GPU and torch for all others. A backend that is named runs, or ValueError
+says why it cannot. Both compute what the operation's reference.py defines, so the choice affects speed and memory only.
 
-Triton is not imported before a call asks for it. With TRITON_INTERPRET=1 set before that, its kernels run on tensors
-of the CPU, in numpy: slow, and how they are tested where there is no GPU.
+Triton is imported by the first call that needs it. With TRITON_INTERPRET=1 set before that, its kernels run on CPU
+tensors, in numpy: slow, but it tests them where there is no GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def available_backends(operation: str) -> list[BackendStatus]:
 def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str | None] = lambda: None) -> str:
     """The backend that computes on `x`: `backend` itself if it can run, else the fastest that can.
 
-    obstacle: says why Triton cannot run this call, apart from device and dtype; asked only where it matters.
+    obstacle: says why Triton cannot run this call, apart from device and dtype; called only where it decides.
     Raises ValueError: a named backend does not exist, or cannot run.
     """
     if backend is None:
@@ -77,9 +77,9 @@ def choose_backend(x: Tensor, backend: str | None, *, obstacle: Callable[[], str
 
 
 def check_together(*, labels: Tensor | None = None, **tensors: Tensor) -> None:
-    """Raise ValueError unless all of these named tensors are on one device, and all but `labels` of real numbers.
+    """Raise ValueError unless all of these tensors are on one device and, apart from `labels`, floating point.
 
-    A kernel would read another device's memory; and of whole numbers the formulas make nonsense.
+    A kernel would read another device's memory, and the formulas are meaningless for integers.
     """
     for name, t in tensors.items():
         if t.dtype not in (*FLOATS, torch.float64):
@@ -110,7 +110,7 @@ def why_no_triton() -> str | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Operations compute in the dtype of what they are given, in both passes: autocast is for whoever calls them."""
+    """Switch autocast off: operations compute in the dtype of their inputs, in both passes."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -118,11 +118,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def launching_on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of `x`."""
+    """Make the device of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """How many programs `device` runs at once, about."""
+    """About how many programs `device` runs at once."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 8

@@ -1,4 +1,4 @@
-"""What torch does besides running what is called: whether it records, or differentiates forwards."""
+"""Whether torch traces the current call, or differentiates it in forward mode."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.jit.trace, make_fx or fake tensors look on.
+    """Whether the current call is traced: by torch.compile, torch.jit.trace, make_fx or fake tensors.
 
-    They see torch's operations and nothing of a call of C or Triton: what they recorded would leave the result as the
-    memory it was allocated in. Then the operation must be one of torch's too, as the files torch_ops.py register them.
+    A tracer records torch operations and sees nothing of a call to C or Triton: it would record a result that is
+    allocated and never written. So a traced call has to use a registered torch operation, see the files torch_ops.py.
     """
-    # Private, and the only way to ask: a dispatch mode is a tracer, or stands for one.
+    # These are private functions, and torch has no public ones: an active dispatch mode is a tracer or acts for one.
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -29,7 +29,7 @@ def is_traced() -> bool:
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """`make`, which gives tensors, its results kept; but not those made under a tracer, which may have no memory."""
+    """`make` with its results, tensors, cached; those made while tracing are not, since they may have no memory."""
     keep = lru_cache(maxsize=64)(make)
 
     @wraps(make)
@@ -40,8 +40,8 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """Whether forward-mode differentiation carries a derivative along with x, which C and Triton would drop."""
-    # The level is private, and -1 outside of forward_ad.dual_level; to ask unpack_dual there would raise.
+    """Whether x has a tangent (forward-mode differentiation), which C and Triton would drop."""
+    # _current_level is private; it is -1 outside of forward_ad.dual_level, where unpack_dual would raise.
     if forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]

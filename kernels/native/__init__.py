@@ -1,4 +1,4 @@
-"""C kernels, compiled on first use (build.py) and run at the processor's level (level.py)."""
+"""C kernels, compiled on first use (build.py) and run with the best ISA of the processor (level.py)."""
 
 from __future__ import annotations
 

@@ -1,20 +1,20 @@
-"""Compile a C file on first use, keep the library, load it. Some seconds once, then a few milliseconds.
+"""Compile a C file on first use, cache the library, load it. Some seconds once, then a few milliseconds.
 
 The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
-what the compiler makes: all C files in the folder of the source, which may include its neighbours; flags, the
-compiler's own version text, the machine. The content part is a SHA-256 of the library itself, so an entry that
-was cut short, or changed, no longer fits its name and is built again. A library appears under its name by one
-rename: two processes that compile at once both succeed, and either file is good.
+the compiler's output: all C files in the folder of the source (it may include the others), the flags, the
+compiler's version text, the machine. The content part is a SHA-256 of the library itself, so an entry that
+is truncated or changed does not match its name and is built again. A library gets its name by one rename:
+two processes that compile at once both succeed, and either file is good.
 
 Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then
 resolve to the runtime that torch has already loaded, which is why torch is imported first. With a second
-runtime beside torch's, both pools spin and every call costs about 8 ms. Where the compiler's OpenMP does not
-fit torch's runtime (clang beside libgomp), the library is built without, runs on one thread, and `describe`
-says so.
+runtime beside torch's, both thread pools spin and every call costs about 8 ms. Where the compiler's OpenMP
+does not match torch's runtime (clang beside libgomp), the library is built without OpenMP and runs on one
+thread; `Library.openmp` is then False.
 
-Never `-march=native`: the source holds one function per instruction set and picks at run time, so that a
+`-march=native` is never used: the source has one function per instruction set and chooses at run time, so a
 cache on a shared home folder is right for every machine. `-ffp-contract=off`, because a fused multiply-add
-has other bits.
+rounds differently.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPILE_TIMEOUT = 120  # seconds; that of kernels/nf4 takes 2 to 5
 
 
 class NativeBuildError(RuntimeError):
-    """The library cannot be had: no compiler, one that fails, or a library that does not load."""
+    """There is no library: no compiler, a compiler that fails, or a library that does not load."""
 
 
 class Library(NamedTuple):
@@ -58,7 +58,7 @@ _loaded: dict[Path, Library | NativeBuildError] = {}
 def load(source: Path) -> Library:
     """Return the library compiled from `source`, building it if no good copy is cached.
 
-    The answer, good or bad, is kept for the process; a failure logs one line the first time.
+    The result, a library or an error, is cached for the process; a failure logs one line the first time.
     Raises NativeBuildError.
     """
     with _lock:
@@ -163,7 +163,7 @@ def _place(built: Path, stem: str) -> Path:
 
 
 def _is_intact(entry: Path) -> bool:
-    """Whether the content fits the name, and no other user could have written it (it is code that will run)."""
+    """Whether the content matches the name, and no other user could have written it (it is code that will run)."""
     status = entry.stat()
     if hasattr(os, "getuid") and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022):
         return False

@@ -1,29 +1,29 @@
-"""Which instruction set a kernel uses: the best the processor has, or the one QLORAG_CPU_LEVEL names."""
+"""The instruction set (ISA) that a C kernel uses: the best of the processor, or the one in QLORAG_CPU_LEVEL."""
 
 from __future__ import annotations
 
 import os
 
-LEVELS = ("scalar", "avx2", "avx512", "vnni", "amx", "neon")  # the numbers that the C files use
+LEVELS = ("scalar", "avx2", "avx512", "vnni", "amx", "neon")  # the ISAs, by the numbers that the C files use
 FAMILIES = (
     ("scalar", "avx2", "avx512", "vnni", "amx"),
     ("scalar", "neon"),
-)  # each kind of processor, its levels in rising order
+)  # for each kind of processor its ISAs, in rising order
 
 
 class LevelError(ValueError):
-    """QLORAG_CPU_LEVEL names a level that does not exist, or that this processor cannot run."""
+    """QLORAG_CPU_LEVEL names an ISA that does not exist, or that this processor cannot run."""
 
 
 def levels_up_to(best: int) -> tuple[str, ...]:
-    """What a processor runs whose highest level is LEVELS[best], in rising order."""
+    """The ISAs of a processor whose best one is LEVELS[best], in rising order."""
     name = LEVELS[best]
     family = next(family for family in FAMILIES if name in family)
     return family[: family.index(name) + 1]
 
 
 def choose_level(best: int) -> int:
-    """Return the index into LEVELS to run, where LEVELS[best] is the highest that the processor has.
+    """Return the index into LEVELS of the ISA to use, where LEVELS[best] is the best of the processor.
 
     Raises LevelError.
     """

@@ -8,11 +8,11 @@
     dx = r (dn - n mean(dn n))               r depends on every x of the row: dr = -r³ x / D
     dw = sum over rows of dy n               only if the weight is trained
 
-Saved for backward: x, in its own dtype, r, and the weight, which exists anyway. Left to itself, autograd keeps the
-float32 copy of x that the mean was taken of: in bf16 twice the bytes.
+Saved for backward: x, in its own dtype, r, and the weight, which exists anyway. Autograd would save the float32 copy
+of x from which the mean is computed: in bf16 twice the bytes.
 
-Everything but y is float32. In y, n is rounded to the dtype of x first, as Llama has it (reference.py); the backward
-takes the rounding for no change, as autograd does, and uses n as it was before it.
+Everything but y is float32. In y, n is first rounded to the dtype of x, as in Llama (reference.py). The backward
+treats the rounding as the identity, as autograd does, and uses n before rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import FLOATS, check_together, choose_backend
 
-MAX_COLUMNS = 8192  # of a row that a Triton program holds in registers
+MAX_COLUMNS = 8192  # the longest row that a Triton program holds in registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""RMSNorm on a GPU, a whole row in the registers of one program (see ops.py for the equations).
+"""RMSNorm on a GPU: one program holds whole rows in registers (see ops.py for the equations).
 
 The forward reads x once and writes y once. The backward reads x and dy once and writes dx once; it takes r from the
-forward, so it sums once per row instead of twice. If the weight is trained, each program adds up its own rows' share
-of dw in float32 and writes it to a line of its own; torch sums the lines. Atomics would give another dw each time.
+forward, so it sums once per row instead of twice. If the weight is trained, each program sums dw over its own rows in
+float32 and writes it to a row of its own; torch sums these rows. With atomics, dw would differ from run to run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dispatch import launching_on, processors
 
-TILE = 2048  # elements that a program holds at once, if its row is not longer
+TILE = 2048  # elements that a program holds at once, unless one row is longer
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def backward_kernel(
 
 
 def tile(columns: int) -> dict[str, int]:
-    """How rows of this many columns are divided: rows at once, columns, and some 16 elements to a thread."""
+    """Launch parameters for rows of `columns` elements; a thread gets some 16 elements."""
     width = triton.next_power_of_2(max(columns, 16))
     rows = max(1, TILE // width)
     return {"ROWS": rows, "COLUMNS": width, "num_warps": min(16, rows * width // 512)}

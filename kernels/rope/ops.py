@@ -8,9 +8,9 @@
     dx1 = dy1 c1 + dy2 s2                                      the transpose; for ordinary tables
     dx2 = dy2 c2 - dy1 s1                                      the rotation by the negative angle
 
-Saved for backward: the tables, which one forward pass shares among all its layers; nothing of x. Autograd keeps no
-more, but its backward fills two tensors with zeros to put the halves of dx into, and adds them up: it reads or writes
-15 tensors of the size of x, and this one 5.
+Saved for backward: the tables, which all layers share; nothing of x. Autograd saves no more, but its backward fills two
+tensors with zeros, copies the halves of dx into them and adds them: it reads or writes 15 tensors of the size of x.
+The backward here reads or writes 5.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> 
 
 
 class RopeFunction(torch.autograd.Function):
-    """Each pair (x1, x2) turned; see the module for the equations."""
+    """Rotates each pair (x1, x2); see the module for the equations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
@@ -80,7 +80,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, on_gpu: bool) -> Tensor:
 
         return rotate(x, cos, sin, dtype=torch.promote_types(x.dtype, cos.dtype), inverse=False)
     x1, x2 = x.chunk(2, -1)
-    with without_autocast(x):  # to bfloat16, where torch.cat refuses float16, and the other way round
+    with without_autocast(x):  # under autocast to bfloat16 torch.cat refuses float16, and the reverse
         return (x * cos).add_(torch.cat((x2.neg(), x1), -1) * sin)  # rounded as in reference.py
 
 

@@ -1,4 +1,4 @@
-"""The definition: dimensions i and i + d/2 of a vector are a point in a plane, turned by its position's angle."""
+"""The definition: dimensions i and i + d/2 of a vector are a point in a plane, rotated by its position's angle."""
 
 from __future__ import annotations
 

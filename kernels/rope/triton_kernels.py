@@ -1,8 +1,8 @@
 """Rotary position embedding on a GPU (see ops.py for the equations).
 
-x is read and y written once, in the layout that x has: queries come as [B, T, H, d] seen through a transpose, and stay
-so. A program takes a few tokens and walks over heads, so that the tables, twice the bytes of one head, are read once
-for all the heads it does. The same kernel turns back, with the two sines in each other's place and their signs changed.
+x is read once and y written once, in the layout of x: queries are [B, T, H, d] viewed through a transpose, and y keeps
+that layout. A program takes a few tokens and loops over heads, so that it reads the tables, twice the bytes of one
+head, once for all of its heads. The backward is the same kernel with the two sines exchanged and negated.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, dtype: torch.dtype, inverse: 
     shape = x.shape
     x = x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)]  # [B, H, T, d]
     y = torch.empty_like(x, dtype=dtype)
-    if y.stride() != x.stride() or x.stride(-1) != 1:  # x has holes, or repeats itself
+    if y.stride() != x.stride() or x.stride(-1) != 1:  # x has gaps, or its elements overlap
         x = x.contiguous()
         y = torch.empty_like(x, dtype=dtype)
     if y.numel():

@@ -6,8 +6,8 @@
     du = dh a
     dg = dh u σ (1 + g (1 - σ))              silu'(g), by the product rule: σ + g σ (1 - σ)
 
-Saved for backward: g and u. Left to itself, autograd keeps a as well, and F is a model's widest dimension; a is one
-pass over g, computed again. Whoever multiplies h by a weight that is trained keeps h, for that weight's gradient.
+Saved for backward: g and u. Autograd would save a as well, and F is a model's widest dimension; here the backward
+computes a again, one more pass over g. A trained layer behind this operation saves h, for its own weight's gradient.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..dispatch import check_together, choose_backend
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """The product silu(gate) * up                                            (arXiv:2002.05202, equation 5)
 
-    gate, up: [..., F], alike: float32, float16, bfloat16, or (torch only) float64.
+    gate, up: [..., F], of one dtype: float32, float16, bfloat16, or (torch only) float64.
     backend:  "triton", "torch", or None for Triton on a GPU and torch elsewhere.
     Returns h [..., F] in their dtype.
-    Raises ValueError: they are not alike, or a named backend cannot run.
+    Raises ValueError: shapes or dtypes differ, or a named backend cannot run.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
-            f"gate is {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}, wanted two that are alike"
+            f"gate is {gate.dtype} {list(gate.shape)} and up {up.dtype} {list(up.shape)}, wanted one dtype and shape"
         )
     check_together(gate=gate, up=up)
     on_gpu = choose_backend(gate, backend) == "triton"
@@ -47,7 +47,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, on_gpu: bool) -> Tensor:
-        """Gate, up [..., F] -> h [..., F]."""
+        """gate, up [..., F] -> h [..., F]."""
         ctx.save_for_backward(gate, up)
         ctx.on_gpu = on_gpu
         return _forward(gate, up, on_gpu)

@@ -50,7 +50,7 @@ def backward_kernel(
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
-    """Gate, up [..., F] -> h [..., F]. Arguments have been checked in ops.py."""
+    """gate, up [..., F] -> h [..., F]. Arguments have been checked in ops.py."""
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate)
     if numel := h.numel():

@@ -111,8 +111,16 @@ def test_keeps_its_two_inputs_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("gate", "up", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(3), r"gate is torch.float32 \[2, 3\] and up torch.float32 \[3\], wanted two"),
-        (torch.zeros(3), torch.zeros(3).half(), r"torch.float32 \[3\] and up torch.float16 \[3\], wanted two that are"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(3),
+            r"gate is torch.float32 \[2, 3\] and up torch.float32 \[3\], wanted one dtype and shape",
+        ),
+        (
+            torch.zeros(3),
+            torch.zeros(3).half(),
+            r"torch.float32 \[3\] and up torch.float16 \[3\], wanted one dtype and shape",
+        ),
     ],
 )
 def test_what_does_not_fit(gate: Tensor, up: Tensor, message: str) -> None:

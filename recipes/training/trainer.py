@@ -179,7 +179,8 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 def dropout_seed(seed: int, step: int) -> int:
     """The seed of a step's dropout masks. torch's CPU generator reads the low 32 bits of a seed and no others, so that
-    many are hashed from both numbers (numpy's SeedSequence, whose result does not change between versions)."""
+    many are hashed from both numbers (numpy's SeedSequence, whose result does not change between versions).
+    """
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 

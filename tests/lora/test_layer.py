@@ -232,7 +232,7 @@ def test_dropout_hits_only_the_branch_and_only_in_training():
 
 
 def test_every_layer_and_every_call_draws_its_own_mask():
-    """A base of zeros with A = B = I returns the dropped input itself: 0 where it was dropped, x / (1 - p) elsewhere."""
+    """A base of zeros with A = B = I returns the dropped input itself: 0 where it was dropped, else x / (1 - p)."""
     layers = []
     for _ in range(2):
         base = nn.Linear(64, 64, bias=False)

@@ -1,4 +1,4 @@
-"""`qlorag ask` on tiny random models: how many passages it gives to the model, and how much it leaves for the answer."""
+"""`qlorag ask` on tiny random models: how many passages the model gets, and how much is left for the answer."""
 
 from __future__ import annotations
 

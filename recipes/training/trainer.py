@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,6 +177,13 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def dropout_seed(seed: int, step: int) -> int:
+    """The seed of a step's dropout masks. torch's CPU generator reads the low 32 bits of a seed and no others, so that
+    many are hashed from both numbers (numpy's SeedSequence, whose result does not change between versions).
+    """
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 class Trainer:
     """Takes optimizer steps on a model's trainable parameters.
 
@@ -204,7 +212,7 @@ class Trainer:
         ]
         batches = [pack(chosen[i : i + s.batch_size]) for i in range(0, size, s.batch_size)]
         trained = sum(len(b.labels) for b in batches)
-        torch.manual_seed((s.seed << 32) + self.step)  # of dropout
+        torch.manual_seed(dropout_seed(s.seed, self.step))
         self.model.train()
         self.optimizer.zero_grad()
         loss = 0.0

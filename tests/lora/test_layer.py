@@ -183,6 +183,30 @@ def test_a_wider_base_output_keeps_its_precision():
     assert torch.equal(y, y0)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_half_precision_sum_is_taken_in_float32_and_rounded_once(half):
+    """y = 256 + 1.003 lies past the middle of 256 and 258, bf16's neighbours, so it rounds up. Were B or the sum
+    rounded to bf16 on the way, 1.003 would be 1 and the tie 257 would go to 256. In float16 the same at 2048."""
+    at = 256.0 if half == torch.bfloat16 else 2048.0
+    base = nn.Linear(1, 1, bias=False).to(half)
+    base.weight.data.fill_(at)
+    layer = LoRALinear(base, r=1, alpha=1.0)
+    layer.lora_A.data.fill_(1.0)
+    layer.lora_B.data.fill_(1.0 + 0.4 * torch.finfo(half).eps)  # `half` alone would round this to 1
+    y = layer(torch.ones(1, 1, dtype=half))
+    assert y.dtype == half and y.item() == at + 2
+
+
+def test_a_float32_base_keeps_its_bits_beside_a_half_precision_branch():
+    base = nn.Linear(1, 1, bias=False)
+    base.weight.data.fill_(257.003)
+    layer = LoRALinear(base, r=1, alpha=1.0, compute_dtype=torch.bfloat16)
+    layer.lora_A.data.fill_(1.0)
+    layer.lora_B.data.fill_(2.0)
+    x = torch.ones(1, 1)
+    assert layer(x).item() == (base(x) + 2).item()  # bf16 would give 258
+
+
 def test_gradients_accumulate_in_float32():
     """512 gradients of 1 onto 4096: in bf16, where the ulp at 4096 is 32, the sum would stay where it is."""
     base = nn.Linear(1, 1, bias=False).bfloat16().requires_grad_(False)
@@ -205,6 +229,28 @@ def test_dropout_hits_only_the_branch_and_only_in_training():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.delta().T)
+
+
+def test_every_layer_and_every_call_draws_its_own_mask():
+    """A base of zeros with A = B = I returns the dropped input itself: 0 where it was dropped, else x / (1 - p)."""
+    layers = []
+    for _ in range(2):
+        base = nn.Linear(64, 64, bias=False)
+        layer = LoRALinear(base, r=64, alpha=64.0, dropout=0.5)
+        for weight, value in ((base.weight, torch.zeros(64, 64)), (layer.lora_A, torch.eye(64)),
+                              (layer.lora_B, torch.eye(64))):  # fmt: skip
+            weight.data.copy_(value)
+        layers.append(layer)
+    x = torch.ones(4, 64)
+
+    def masks():
+        torch.manual_seed(5)
+        return [layer(x) for layer in (layers[0], layers[1], layers[0])]
+
+    first = masks()
+    assert all(set(y.unique().tolist()) == {0.0, 2.0} for y in first)
+    assert not any(torch.equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(first, masks(), strict=True))
 
 
 def test_dropout_is_reproducible_and_survives_checkpointing():

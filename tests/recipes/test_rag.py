@@ -43,6 +43,23 @@ def test_citations_by_hand(text: str, citations: list[int], cited_by: str, shown
     assert answer.cited_text() == (text if shown is None else shown) and answer.text == text
 
 
+@pytest.mark.parametrize(
+    ("text", "share", "cited_by"),
+    [
+        ("Worker bees build temples.", "2 of 4", "overlap"),
+        ("Worker bees build tall temples.", "2 of 5", "none"),
+        ("Worker bees gather 7 huge mossy stones.", "3 of 7", "none"),  # a digit counts as a content word
+        # with a number that the model wrote, less will do: 0.3
+        ("Worker bees build tall temples. [1]", "2 of 5", "model"),
+        ("Gather tall mossy stones. [1]", "1 of 4", "none"),
+    ],
+)
+def test_half_of_the_content_words_must_stand_in_the_source(text: str, share: str, cited_by: str) -> None:
+    """Less by comparison is chance; a number that the model wrote is evidence of its own, so 3 in 10 are enough."""
+    answer = cite("?", text, HITS)
+    assert (answer.cited_by, answer.citations) == (cited_by, [] if cited_by == "none" else [1]), share
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_echoed_example_is_not_a_citation(example: tuple[str, str, str]) -> None:
     answer = cite("?", example[2], HITS)

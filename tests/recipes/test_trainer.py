@@ -130,8 +130,75 @@ def test_training_learns_and_leaves_the_base_alone(tiny_dir: Path) -> None:
     assert before == after
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_reports_the_mean_over_all_its_labels(batch_size: int, accumulation: int, tiny_dir: Path) -> None:
+    """However the four examples of a step are spread over micro-batches. They have 8, 11, 1 and 15 labels, so a mean
+    of micro-batch means, a sum, or a division by one micro-batch's labels gives another loss and another gradient."""
+    model = adapted(tiny_dir, dtype=torch.float64)
+    whole, wanted = gradients(model, [EXAMPLES[:4]]), mean_loss(model, EXAMPLES[:4])
+    settings = TrainSettings(batch_size=batch_size, grad_accumulation=accumulation, clip=0.0)
+    trainer = Trainer(model, EXAMPLES[:4], settings)
+    report = trainer.take_step()
+    assert report.loss == pytest.approx(wanted, rel=1e-9)
+    assert (report.trained_tokens, report.tokens) == (8 + 11 + 1 + 15, 11 + 30 + 6 + 17)
+    norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in whole.values()))
+    assert report.grad_norm == pytest.approx(norm, rel=1e-4)  # A and B are float32, summed in another order
+    for name, p in trainer.parameters.items():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-9)
+
+
+def test_every_step_and_micro_batch_has_a_dropout_mask_of_its_own(tiny_dir: Path) -> None:
+    """One example and a rate that float32 rounds away: nothing but the masks can make one step's loss another's."""
+
+    def losses_of(dropout: float, *, seed: int = 0, accumulation: int = 1) -> list[float]:
+        settings = TrainSettings(batch_size=1, grad_accumulation=accumulation, learning_rate=1e-30, seed=seed)
+        trainer = Trainer(adapted(tiny_dir, dropout=dropout), EXAMPLES[1:2], settings)
+        return [trainer.take_step().loss for _ in range(4)]
+
+    assert len(set(losses_of(0.0))) == 1
+    first = losses_of(0.5)
+    assert len(set(first)) == 4
+    assert losses_of(0.5) == first  # drawn from (seed, step)
+    assert not set(losses_of(0.5, seed=1)) & set(first)  # and no step of one seed is a step of another
+    # The first micro-batch has the masks of the step without accumulation; a second with the same would give its loss.
+    assert not set(losses_of(0.5, accumulation=2)) & set(first)
+
+
 # At rank 64 the tiny model's matrices have 4096 elements, from which on their moments are kept in 8 bits.
 OPTIMIZERS = pytest.mark.parametrize(("optimizer", "rank"), [("adamw", 4), ("adamw8bit", 64)])
+
+
+@OPTIMIZERS
+def test_a_step_clips_decays_and_moves_at_the_scheduled_rate(optimizer: str, rank: int, tiny_dir: Path) -> None:
+    """Adam's first step moves an element by lr g / (|g| + eps): by the rate itself, whatever the gradient, from which
+    decay takes lr * decay * p more. Clipped to a norm of 1e-9, |g| lies below eps and the element hardly moves."""
+
+    def after_a_step(**settings: float) -> tuple[dict[str, torch.Tensor], Trainer, Any]:
+        trainer = Trainer(
+            adapted(tiny_dir, r=rank), EXAMPLES, TrainSettings(iters=10, optimizer=optimizer, warmup=0.2, **settings)
+        )
+        began = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        report = trainer.take_step()
+        return {name: p.detach() - began[name] for name, p in trainer.parameters.items()}, trainer, report
+
+    moved, trainer, report = after_a_step(clip=0.0, learning_rate=1e-3)
+    assert (report.learning_rate, report.skipped, trainer.optimizer.steps) == (5e-4, False, 1)  # the first of two warm
+    norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trainer.parameters.values()))
+    assert report.grad_norm == pytest.approx(norm)
+    for name, p in trainer.parameters.items():
+        large = p.grad.abs() > 1e-5  # 1000 eps
+        assert large.any()
+        torch.testing.assert_close(moved[name][large], -5e-4 * p.grad.sign()[large], rtol=2e-3, atol=1e-8)
+    decayed, _, _ = after_a_step(clip=0.0, learning_rate=1e-3, weight_decay=0.5)
+    for name, p in adapted(tiny_dir, r=rank).named_parameters():
+        if name in moved:
+            torch.testing.assert_close(decayed[name] - moved[name], -5e-4 * 0.5 * p.detach(), rtol=1e-3, atol=1e-7)
+    clipped, trainer, report = after_a_step(clip=1e-9, learning_rate=1e-3)
+    assert report.grad_norm == pytest.approx(norm)  # as it was before
+    assert math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in trainer.parameters.values())) == pytest.approx(
+        1e-9, rel=1e-4
+    )
+    assert all(d.abs().max() < 1e-4 for d in clipped.values())
 
 
 @OPTIMIZERS

@@ -35,6 +35,18 @@ LIBRARIES: dict[str, set[str]] = {
     "retrieval": {"numpy", "hnswlib"},
     "recipes": {"torch", "numpy", "safetensors", "rich", "matplotlib", "yaml", "huggingface_hub"},
 }
+# What stands directly in a package, from the bottom up: each may import those on the lines before its own.
+LEVELS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "models": (("errors",), ("text",), ("decoder",), ("files",), ("encoder",)),
+    "retrieval": (("errors",), ("documents", "splitter"), ("sqlite",), ("index",), ("ingest",), ("store",)),
+    "recipes": (
+        ("errors",),
+        ("hub", "data"),
+        ("training", "rag", "evaluation"),
+        ("inspection",),
+        ("cli",),
+    ),
+}
 ORACLES = (
     "transformers",
     "peft",
@@ -73,6 +85,23 @@ def test_a_room_imports_what_its_row_names(room: str) -> None:
                 assert first in MAY_IMPORT[room], f"{where} imports {first}, which {room} may not"
             elif level == 0 and first not in sys.stdlib_module_names:
                 assert first in LIBRARIES[room], f"{where} imports {first}, which {room} may not"
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_no_import_inside_a_package_runs_upward(package: str) -> None:
+    level = {name: at for at, names in enumerate(LEVELS[package]) for name in names}
+    for path in sources(package):
+        here = path.relative_to(ROOT / package).with_suffix("").parts
+        if len(here) == 1 and here[0] not in level:  # __init__.py, and documented import paths such as models/config.py
+            defined = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+            assert not defined, f"{path.relative_to(ROOT)} defines {defined[0].name}: name the file in LEVELS"
+            continue
+        for climb, module, line in imports(path):
+            if climb == len(here):  # from the package's root
+                target = module.split(".")[0]
+                where = f"{path.relative_to(ROOT)}:{line}"
+                assert target in level, f"{where} imports {target}, which LEVELS does not name"
+                assert target == here[0] or level[target] < level[here[0]], f"{where}: {here[0]} is below {target}"
 
 
 def test_every_python_folder_is_listed() -> None:

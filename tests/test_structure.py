@@ -20,14 +20,26 @@ def test_no_two_files_import_each_other() -> None:
 def test_no_two_folders_import_each_other() -> None:
     """Of the files in `models/text` none may import `models/decoder` if one there imports `models/text`.
 
-    A folder's own `__init__.py` collects what it offers and is left out: it would join every folder with its children.
+    Files that only collect names for importers are left out: they would join every folder with its children. A file at
+    the root of a package stands for itself: some are below all folders (`errors.py`) and some above (`store.py`).
     """
     folders: Graph = {}
     for file, imported in product_imports().items():
-        if not file.endswith("__init__.py"):
-            here = str(Path(file).parent)
-            folders.setdefault(here, set()).update({str(Path(other).parent) for other in imported} - {here})
+        if not only_reexports(ROOT / file):
+            here = unit(file)
+            folders.setdefault(here, set()).update({unit(other) for other in imported} - {here})
     assert circles(folders) == []
+
+
+def unit(file: str) -> str:
+    """What counts as one in the rule on folders: the file's folder, or the file itself at the root of a package."""
+    folder = str(Path(file).parent)
+    return file if folder in PACKAGES else folder
+
+
+def test_a_file_with_a_definition_of_its_own_is_no_reexport() -> None:
+    assert only_reexports(ROOT / "models" / "config.py") and only_reexports(ROOT / "models" / "__init__.py")
+    assert not only_reexports(ROOT / "models" / "errors.py")
 
 
 def test_no_circle_of_imports_in_bench() -> None:
@@ -65,6 +77,16 @@ def product_imports() -> Graph:
             name = str(path.relative_to(ROOT))
             graph[name] = {str(file.relative_to(ROOT)) for file in relative_imports(path)} - {name}
     return graph
+
+
+def only_reexports(path: Path) -> bool:
+    """Whether a file holds a docstring, imports and `__all__`, and nothing else."""
+    return all(
+        isinstance(node, (ast.Import, ast.ImportFrom))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        or (isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"])
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+    )
 
 
 def relative_imports(path: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .decoder import Decoder, causal_attention
+from .blocks import causal_attention
+from .decoder import Decoder
 
 __all__ = ["Decoder", "causal_attention"]

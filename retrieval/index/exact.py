@@ -95,7 +95,7 @@ def _decode(rows: list[tuple[int, bytes]], dim: int) -> tuple[Int64, Float32]:
     return ids, unit(values)
 
 
-class Block:
+class ExactIndex:
     """Unit vectors in memory: those of all chunks with id > after, in id order."""
 
     def __init__(self, dim: int, *, after: int = 0) -> None:

@@ -10,9 +10,11 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..documents.read import Document
 from ..errors import CorruptStoreError, DocumentError
-from ..index.exact import Float32
 from ..splitter import Chunk
 
 
@@ -73,7 +75,7 @@ def read_sha256(db: sqlite3.Connection, uri: str) -> str | None:
 
 
 def write_document(
-    db: sqlite3.Connection, document: Document, metadata: str, chunks: Sequence[Chunk], vectors: Float32
+    db: sqlite3.Connection, document: Document, metadata: str, chunks: Sequence[Chunk], vectors: NDArray[np.float32]
 ) -> bool:
     """Write a document with its chunks and vectors [len(chunks), D]; True if it replaced one of the same
     uri.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from qlorag.models import load_model
-from qlorag.models.decoder.decoder import causal_attention
+from qlorag.models.decoder import causal_attention
 from qlorag.models.errors import ConfigError, WeightsError
 
 TINY: dict[str, Any] = {

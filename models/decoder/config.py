@@ -5,7 +5,7 @@ Four families share one block (RMSNorm, grouped-query attention with RoPE, SwiGL
 | model_type | biases                        | q/k norm | sliding window                                        |
 |------------|-------------------------------|----------|-------------------------------------------------------|
 | llama      | q,k,v,o if `attention_bias`   | no       | no                                                    |
-| mistral    | none                          | no       | `sliding_window`, 4096 when the key is absent         |
+| mistral    | none                          | no       | `sliding_window`, 4096 when absent, or `layer_types`  |
 | qwen2      | q,k,v always                  | no       | if `use_sliding_window`, from `max_window_layers` on  |
 | qwen3      | q,k,v,o if `attention_bias`   | per head | as qwen2                                              |
 
@@ -15,10 +15,12 @@ slightly wrong is worse than one that does not load.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from .config_keys import check_keys
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -73,6 +75,7 @@ def decoder_config(raw: dict[str, Any], *, source: str = "config.json") -> Decod
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ConfigError(f"{source}: hidden_act={act!r:.60} is not implemented, only silu")
+    check_keys(raw, source=source)
     stored_in_4_bits(raw, source=source)  # which is fine, and any other quantization is refused
 
     heads, hidden, layers = get.size("num_attention_heads"), get.size("hidden_size"), get.size("num_hidden_layers")
@@ -148,12 +151,19 @@ _ROPE_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
     "attention_factor",
 )  # fmt: skip
+_ROPE_KNOWN = frozenset((
+    *_ROPE_NUMBERS, "rope_theta", "rope_type", "type", "partial_rotary_factor", "mscale", "mscale_all_dim", "truncate",
+    "short_factor", "long_factor", "max_position_embeddings",
+    "finetuned",  # how the model was made; nothing reads it
+))  # fmt: skip
 
 
 def _rope(raw: dict[str, Any], get: _Getter, max_positions: int, head_dim: int) -> RopeConfig:
     """Both spellings: v5's `rope_parameters`, and `rope_theta` beside `rope_scaling` before it."""
-    field_name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    options = dict(get.mapping("rope_parameters") or get.mapping("rope_scaling"))
+    new, old = get.mapping("rope_parameters"), get.mapping("rope_scaling")
+    _check_spellings(raw, get, new, old)
+    field_name = "rope_parameters" if new else "rope_scaling"
+    options = dict(new or old)
     inner = _Getter(options, get.source, prefix=f"{field_name}.")
     theta = inner.positive("rope_theta", get.positive("rope_theta", 10000.0))
     kind = options.get("rope_type") or options.get("type") or "default"
@@ -162,6 +172,9 @@ def _rope(raw: dict[str, Any], get: _Getter, max_positions: int, head_dim: int) 
         raise ConfigError(f"{get.source}: rope type {kind!r:.60} is not implemented, only {', '.join(_ROPE_REQUIRED)}")
     if raw.get("partial_rotary_factor", options.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ConfigError(f"{get.source}: partial_rotary_factor other than 1 is not implemented")
+    unknown = sorted(k for k, v in options.items() if k not in _ROPE_KNOWN and v is not None)
+    if unknown:
+        raise ConfigError(f"{get.source}: {field_name}.{unknown[0]} is not implemented for rope type {kind}")
     missing = [k for k in _ROPE_REQUIRED[kind] if options.get(k) is None]
     if missing:
         raise ConfigError(f"{get.source}: rope type {kind} without {', '.join(missing)}")
@@ -189,6 +202,37 @@ def _rope(raw: dict[str, Any], get: _Getter, max_positions: int, head_dim: int) 
     return RopeConfig(kind, theta, options)
 
 
+def _check_spellings(raw: dict[str, Any], get: _Getter, new: dict[str, Any], old: dict[str, Any]) -> None:
+    """Where config.json spells RoPE twice, both must say the same: programs differ in which of them they read."""
+    if not new or (not old and raw.get("rope_theta") is None):
+        return
+    theta = get.positive("rope_theta", 10000.0)
+    first, second = _spelled(new, theta), _spelled(old, theta)
+    if old and first != second:
+        raise ConfigError(
+            f"{get.source}: rope_parameters and rope_scaling contradict each other ({_difference(first, second)}): "
+            "keep one of them, or make them equal"
+        )
+    if not old and first["rope_theta"] != theta:
+        warnings.warn(
+            f"{get.source}: rope_theta={theta:g} is not read, since rope_parameters has its own, "
+            f"{first['rope_theta']!r:.30}",
+            stacklevel=4,
+        )
+
+
+def _spelled(options: dict[str, Any], theta: float) -> dict[str, Any]:
+    """One spelling with the names of the other."""
+    kind = options.get("rope_type") or options.get("type") or "default"
+    rest = {k: v for k, v in options.items() if k not in ("rope_type", "type") and v is not None}
+    return {"rope_theta": theta, **rest, "rope_type": _ROPE_ALIASES.get(str(kind), kind)}
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    key = next(key for key in sorted({*a, *b}) if a.get(key) != b.get(key))
+    return f"{key} is {a.get(key)!r:.40} and {b.get(key)!r:.40}"
+
+
 def _check_rope_options(get: _Getter, head_dim: int) -> None:
     """Every option that `rope` reads is of its type; one that is absent or null is left to its default there."""
     for name in _ROPE_NUMBERS:
@@ -206,11 +250,11 @@ def _windows(raw: dict[str, Any], get: _Getter, family: str, layers: int) -> tup
     window = raw.get("sliding_window", 4096)
     if window is not None:
         window = get.size("sliding_window", 4096)
-    if family == "mistral":
-        return (window,) * layers
-    if not get.flag("use_sliding_window", False):
-        return (None,) * layers
     kinds = raw.get("layer_types")
+    if family == "mistral" and kinds is None:
+        return (window,) * layers
+    if family != "mistral" and not get.flag("use_sliding_window", False):
+        return (None,) * layers
     if kinds is None:
         first = get.number("max_window_layers", 28)
         return tuple(window if i >= first else None for i in range(layers))

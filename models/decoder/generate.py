@@ -179,9 +179,10 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     system: str | None = None,
     raw: bool = False,
+    raw_special: bool = False,
 ) -> Generation:
     """The model's answer, as an iterator of pieces of text with `.stats` and `.text`.
 
@@ -189,14 +190,19 @@ def generate(
              used as they are.
     max_tokens: the most tokens generated.
     temperature ... seed: see `Sampling`.
-    stop:    the text ends before the first of these.  system: a system message put before a string prompt.
+    stop:    a string, or several: the text ends before the first of them.
+    system:  a system message put before a string prompt.
     raw:     continue the string as it stands, without a template.
+    raw_special: with raw, special tokens written in the string ("<|im_start|>") are those tokens and not plain text.
     Raises ModelError: the prompt is empty, does not fit the model, or holds ids outside the vocabulary; or `system`
     is given where no template puts it in.
     Raises TemplateError: messages, or a string that is not raw, and the model has no chat template.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    ids = prompt_ids(tok, prompt, system=system, raw=raw)
+    ids = prompt_ids(tok, prompt, system=system, raw=raw, raw_special=raw_special)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(text, str) for text in stop):
+        raise ModelError(f"stop: {stop!r:.60}: wanted a string or several")
     vocabulary = model.config.vocab_size
     if not ids:
         raise ModelError("prompt: it is empty: give at least one token")
@@ -212,13 +218,20 @@ def generate(
     return Generation(model, tok, ids, max_tokens=min(max_tokens, room), sampling=sampling, stop=stop)
 
 
-def prompt_ids(tok: Tokenizer, prompt: Prompt, *, system: str | None = None, raw: bool = False) -> list[int]:
+def prompt_ids(
+    tok: Tokenizer, prompt: Prompt, *, system: str | None = None, raw: bool = False, raw_special: bool = False
+) -> list[int]:
     """The token ids that `generate` starts from, see there."""
     if system is not None and (raw or not isinstance(prompt, str)):
         raise ModelError("system: goes before a string that is not raw: write it into the prompt or the messages")
+    if raw_special and not raw:
+        raise ModelError("raw_special: it is about a raw string: give raw=True too (--raw)")
     if isinstance(prompt, str):
         if raw:
-            return tok.encode(prompt, add_special=True)
+            # Who writes "<s>" by hand does not want a second one.
+            bos = tok.special_tokens.get("bos_token")
+            begun = raw_special and bos is not None and prompt.startswith(bos)
+            return tok.encode(prompt, add_special=not begun, parse_special=raw_special)
         if not tok.has_chat_template:
             raise TemplateError(
                 "prompt: the model has no chat template to ask a question with: use raw=True (--raw) to continue the "

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,9 +63,18 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor, seen: Sequence[int]) -> int:
-        """logits: [V].  seen: ids of prompt and answer so far.  Returns the next id."""
+        """logits: [V].  seen: ids of prompt and answer so far.  Returns the next id.
+
+        Raises ModelError: the logits are not finite.
+        """
         s = self.sampling
-        logits = penalize(logits.float().cpu(), seen, penalty=s.repetition_penalty)
+        logits = logits.float().cpu()
+        if not torch.isfinite(logits.max()):  # the maximum of numbers among which is NaN is NaN
+            raise ModelError(
+                "the model's logits are NaN or infinite: its weights or its adapter are damaged (a training that "
+                "diverged), or they overflow the dtype: try float32 or bfloat16"
+            )
+        logits = penalize(logits, seen, penalty=s.repetition_penalty)
         if s.temperature == 0:
             return int(logits.argmax())
         probabilities = self.distribution(logits)

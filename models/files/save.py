@@ -33,6 +33,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -109,13 +110,34 @@ def _write(
         config["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight
         if quantization is not None:
             config["quantization_config"] = quantization
+        spell_rope_twice(config)
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, building / name)
+            for path in sorted(Path(source).glob(name)):
+                (building / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, building / path.relative_to(source))
         if target.exists():
             target.rmdir()  # it is empty, and a rename wants the place free
     return target
+
+
+def spell_rope_twice(config: dict[str, Any]) -> None:
+    """Adds to a configuration the other of RoPE's two spellings, so that every program reads the same.
+
+    transformers 5 writes `rope_parameters` alone, from which mlx-lm 0.32.2 reads no theta for llama, mistral and qwen2
+    (it takes 10,000 without a word); older programs know only `rope_theta` and `rope_scaling`.
+    """
+    new = config.get("rope_parameters")
+    if new:
+        scaling = {key: value for key, value in new.items() if key != "rope_theta"}
+        config["rope_theta"] = new.get("rope_theta", config.get("rope_theta", 10000.0))
+    else:
+        scaling = dict(config.get("rope_scaling") or {})
+        config["rope_theta"] = scaling.pop("rope_theta", config.get("rope_theta", 10000.0))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        config["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": config["rope_theta"]}
+    scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
+    config["rope_scaling"] = scaling if scaled else None
 
 
 def _dense_tensors(model: Decoder, dtype: torch.dtype, *, packed: Collection[str] = ()) -> dict[str, torch.Tensor]:

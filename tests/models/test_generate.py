@@ -190,3 +190,35 @@ def test_smollm2_greedy_equals_transformers(smollm2_dir: Path) -> None:
     out = theirs.generate(**prompt, max_new_tokens=24, do_sample=False)
     assert their_tok.decode(out[0][len(run.prompt_ids) :], skip_special_tokens=True) == text
     assert "artist" in text  # the invention that the demo mends
+
+
+def test_a_stop_may_be_one_string(tiny) -> None:  # type: ignore[no-untyped-def]
+    model, tok = tiny
+    whole = "".join(generate(model, tok, [5, 6], max_tokens=30))
+    stop = whole[4:7]
+    once = "".join(generate(model, tok, [5, 6], max_tokens=30, stop=stop))
+    assert once == whole[: whole.index(stop)] == "".join(generate(model, tok, [5, 6], max_tokens=30, stop=[stop]))
+    with pytest.raises(ModelError, match=r"stop: \(5,\): wanted a string or several"):
+        generate(model, tok, [5, 6], stop=[5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF, -INF])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(tiny, value: float, temperature: float) -> None:  # type: ignore[no-untyped-def]
+    sampler = Sampler(Sampling(temperature=temperature))
+    damaged = LOGITS.clone()
+    damaged[2] = value
+    if value == -INF:
+        damaged[:] = value  # alone among others it is a token that is never taken
+    with pytest.raises(ModelError, match="logits are NaN or infinite"):
+        sampler(damaged, [])
+
+
+def test_special_tokens_in_a_raw_prompt(tiny) -> None:  # type: ignore[no-untyped-def]
+    model, tok = tiny
+    prompt = "<|im_start|>user\nhi<|im_end|>\n"
+    plain = generate(model, tok, prompt, raw=True, max_tokens=1).prompt_ids
+    special = generate(model, tok, prompt, raw=True, raw_special=True, max_tokens=1).prompt_ids
+    assert special == tok.encode(prompt, parse_special=True) and len(plain) > len(special)
+    with pytest.raises(ModelError, match="raw_special"):
+        generate(model, tok, prompt, raw_special=True)

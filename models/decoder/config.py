@@ -124,6 +124,11 @@ def stored_in_4_bits(raw: dict[str, Any], *, source: str = "config.json") -> boo
 
     Raises ConfigError: they are quantized in another way.
     """
+    if isinstance(raw.get("quantization"), dict):
+        raise ConfigError(
+            f"{source}: the weights are quantized by MLX ({raw['quantization'].get('bits')} bits), which is not read: "
+            "give the unquantized model, or one that mlx_lm.convert --dequantize wrote"
+        )
     if raw.get("quantization_config") is None:
         return False
     section = _Getter(raw, source).mapping("quantization_config")

@@ -17,7 +17,7 @@ READ = frozenset((
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
     "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "quantization_config",
+    "quantization_config", "quantization",
 ))  # fmt: skip
 # What a decoder's numbers do not depend on: how it was made, stored, generated from or split over machines.
 IRRELEVANT = frozenset((

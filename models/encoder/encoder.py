@@ -35,7 +35,7 @@ from tokenizers import normalizers
 from ..errors import ConfigError, TokenizerError, WeightsError
 from ..files.config_json import read_config
 from ..files.weights import Checkpoint
-from ..text.tokenizer_files import parse, read_tokenizer
+from ..text.tokenizer_files import add_missing_tokens, follow_config, parse, read_object, read_tokenizer
 from .bert import Bert, EncoderConfig, encoder_config, read_state
 from .pooling import SentenceFiles, read_sentence_files
 
@@ -233,7 +233,9 @@ def load_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> E
 def _load_tokenizer(files: SentenceFiles, config: EncoderConfig) -> RawTokenizer:
     """The tokenizer, without its file's own truncation and padding (MiniLM's: to 128, always)."""
     path = files.transformer / "tokenizer.json"
-    tokenizer = parse(read_tokenizer(path), path)
+    settings = read_object(files.transformer / "tokenizer_config.json")
+    tokenizer = parse(follow_config(read_tokenizer(path), settings), path)
+    add_missing_tokens(tokenizer, files.transformer, settings)
     if files.lower_case:
         rest = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])

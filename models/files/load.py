@@ -22,6 +22,7 @@ from ..decoder.config import decoder_config, stored_in_4_bits
 from ..decoder.decoder import Decoder
 from ..errors import ConfigError, WeightsError
 from .bnb_folder import PackedWeight, check_packed_names, packed_weights, read_packed
+from .checkpoint_names import use_known_names
 from .config_json import read_config
 from .weights import Checkpoint
 
@@ -52,6 +53,7 @@ def load_model(
         raise ConfigError(f"quantize={quantize!r}, wanted {', '.join(QUANTIZE_KINDS)} or None")
     checkpoint, raw, source = Checkpoint(folder), read_config(folder), f"{os.fspath(folder)}/config.json"
     config = decoder_config(raw, source=source)
+    use_known_names(checkpoint, layers=config.num_layers, tied=config.tied_head)
     _check_layers(config.num_layers, checkpoint)
     with torch.device("meta"):
         model = Decoder(config)

@@ -21,7 +21,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,14 +205,14 @@ class Checkpoint:
     """The tensors of a model folder, whether in `model.safetensors` or in shards behind an index.
 
     folder: holds one of the two.
-    Raises WeightsError: neither is there, a shard is missing or outside the folder, or index and shards disagree.
+    Raises WeightsError: neither is there, a shard is missing or outside the folder, or lacks what the index says.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         if (self.folder / SINGLE).is_file():
             file = SafetensorsFile(self.folder / SINGLE)
-            self._where = dict.fromkeys(file.entries, file)
+            self._where = {name: (file, name) for name in file.entries}
         elif (self.folder / INDEX).is_file():
             self._where = _open_shards(self.folder)
         else:
@@ -227,12 +228,23 @@ class Checkpoint:
         """All tensor names, sorted."""
         return sorted(self._where)
 
+    def rename(self, new: Mapping[str, str]) -> None:
+        """Calls tensors by other names than the file does. new: {present name: new name}, no two of them alike."""
+        renamed = {new.get(name, name): place for name, place in self._where.items()}
+        assert len(renamed) == len(self._where)
+        self._where = renamed
+
+    def drop(self, names: Collection[str]) -> None:
+        """Leaves tensors out, as if the folder did not hold them."""
+        self._where = {name: place for name, place in self._where.items() if name not in names}
+
     def __contains__(self, name: object) -> bool:
         return name in self._where
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and span of one tensor. Raises WeightsError: there is no such tensor."""
-        return self._file(name).entries[name]
+        file, stored = self._place(name)
+        return file.entries[stored]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
@@ -249,11 +261,12 @@ class Checkpoint:
 
     def file(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self._file(name).path
+        return self._place(name)[0].path
 
     def read(self, name: str, *, scratch: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor in the file's dtype, freshly allocated or in `scratch`, see `SafetensorsFile.read`."""
-        return self._file(name).read(name, scratch=scratch)
+        file, stored = self._place(name)
+        return file.read(stored, scratch=scratch)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every (name, tensor), read one at a time."""
@@ -277,11 +290,12 @@ class Checkpoint:
                     digest.update(f.read(length))
         return digest.hexdigest()
 
-    def _file(self, name: str) -> SafetensorsFile:
-        file = self._where.get(name)
-        if file is None:
+    def _place(self, name: str) -> tuple[SafetensorsFile, str]:
+        """The file of a tensor, and what it is called there."""
+        place = self._where.get(name)
+        if place is None:
             raise WeightsError(f"{self.folder}: no tensor {name!r} among its {len(self._where)}")
-        return file
+        return place
 
 
 def _sample_spans(size: int, *, pieces: int = 16, piece: int = 4096) -> list[tuple[int, int]]:
@@ -291,7 +305,7 @@ def _sample_spans(size: int, *, pieces: int = 16, piece: int = 4096) -> list[tup
     return [(i * step, piece) for i in range(pieces)]
 
 
-def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
+def _open_shards(folder: Path) -> dict[str, tuple[SafetensorsFile, str]]:
     index = folder / INDEX
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -300,10 +314,12 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: weight_map must be a non-empty object of tensor name to file name")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        plain = shard.removeprefix("./") if isinstance(shard, str) else ""
+        if Path(plain).name != plain or plain in ("", ".", ".."):
             raise WeightsError(
                 f"{index}: {name}: shard {shard!r} is not a plain file name: refused, it may leave the folder"
             )
+        weight_map[name] = plain
     shards = sorted(set(weight_map.values()))
     missing = [s for s in shards if not (folder / s).is_file()]
     if missing:
@@ -316,5 +332,7 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
             raise WeightsError(f"{index}: {name} is said to be in {shard}, which does not hold it")
     stray = sorted(n for s, f in files.items() for n in f.entries if weight_map.get(n) != s)
     if stray:
-        raise WeightsError(f"{index}: does not list {stray[0]} ({len(stray)} such), which the shards hold")
-    return {name: files[shard] for name, shard in weight_map.items()}
+        warnings.warn(
+            f"{index}: it does not list {stray[0]} ({len(stray)} such), which the shards hold: left out", stacklevel=4
+        )
+    return {name: (files[shard], name) for name, shard in weight_map.items()}

@@ -36,7 +36,15 @@ from ..errors import TokenizerError
 from .chat import ChatEncoder, Message
 from .chat_labels import EndTokens, LabelledChat, label_chat
 from .chat_template import ChatTemplates, load_templates
-from .tokenizer_files import parse, read_object, read_tokenizer, special_strings, token_ids
+from .tokenizer_files import (
+    add_missing_tokens,
+    follow_config,
+    parse,
+    read_object,
+    read_tokenizer,
+    special_strings,
+    token_ids,
+)
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
@@ -51,8 +59,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    raw = parse(read_tokenizer(path), path)
     config = read_object(folder / "tokenizer_config.json")
+    raw = parse(follow_config(read_tokenizer(path), config), path)
+    add_missing_tokens(raw, folder, config)
     special = special_strings(folder, config)
     eos_ids = token_ids(folder, "eos_token_id")
     return Tokenizer(raw, special=special, eos_ids=eos_ids, templates=load_templates(folder, config), path=path)

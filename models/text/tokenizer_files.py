@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from ..errors import TokenizerError
@@ -60,6 +61,59 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
             "AutoTokenizer.save_pretrained"
         )
     return {**data, "truncation": None, "padding": None}
+
+
+def follow_config(data: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with the settings of its BertNormalizer that tokenizer_config.json contradicts.
+
+    transformers' BertTokenizer and sentence-transformers follow the configuration, and a model was trained through one
+    of them. (What the configuration leaves out is the file's: transformers 5.23 takes its class's defaults there, and
+    lower-cases what a cased model's tokenizer.json does not.)
+    """
+    if "Bert" not in (config.get("tokenizer_class") or "Bert"):
+        return data  # PreTrainedTokenizerFast and others take tokenizer.json as it is
+    names = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars",
+    }
+    wanted = {names[key]: config[key] for key in names if isinstance(config.get(key), bool)}
+
+    def changed(normalizer: Any) -> Any:
+        if not isinstance(normalizer, dict):
+            return normalizer
+        if normalizer.get("type") == "Sequence":
+            return {**normalizer, "normalizers": [changed(part) for part in normalizer.get("normalizers") or ()]}
+        return {**normalizer, **wanted} if normalizer.get("type") == "BertNormalizer" else normalizer
+
+    return {**data, "normalizer": changed(data.get("normalizer"))}
+
+
+def add_missing_tokens(raw: RawTokenizer, folder: Path, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that tokenizer_config.json or added_tokens.json has and tokenizer.json lacks.
+
+    Raises TokenizerError: one of them would not get the id that its file gives it, or that id has another token.
+    """
+    listed: dict[int, tuple[AddedToken, str]] = {}
+    for text, i in read_object(folder / "added_tokens.json").items():
+        if type(i) is int:
+            listed[i] = (AddedToken(text, special=False, normalized=False), "added_tokens.json")
+    for key, entry in (config.get("added_tokens_decoder") or {}).items():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and str(key).isdigit():
+            options = {k: entry[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in entry}
+            listed[int(key)] = (AddedToken(entry["content"], **options), "tokenizer_config.json")
+    for i, (token, name) in sorted(listed.items()):
+        if raw.token_to_id(token.content) == i:
+            continue
+        there = raw.id_to_token(i)
+        if there is None and raw.token_to_id(token.content) is None:
+            raw.add_special_tokens([token]) if token.special else raw.add_tokens([token])
+        if raw.token_to_id(token.content) != i:
+            got = raw.token_to_id(token.content) if there is None else f'"{there}" there'
+            raise TokenizerError(
+                f'{folder / name}: token {i} is "{token.content}", tokenizer.json makes it {got}: the two files belong '
+                "to different models"
+            )
 
 
 def parse(data: Mapping[str, Any], path: Path) -> RawTokenizer:
@@ -129,8 +183,10 @@ def token_ids(folder: Path, field: str) -> tuple[int, ...]:
         value = read_object(folder / name).get(field)
         if value is None:
             continue
-        ids = value if isinstance(value, list) else [value]
-        if not ids or any(type(i) is not int or i < 0 for i in ids):
+        ids = [i for i in (value if isinstance(value, list) else [value]) if i != -1]
+        if not ids:
+            continue  # [] and -1 say that there is none
+        if any(type(i) is not int or i < 0 for i in ids):
             raise TokenizerError(f"{folder / name}: {field} is {value!r}: wanted a token id or a list of token ids")
         return tuple(ids)
     return ()

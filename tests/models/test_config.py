@@ -46,7 +46,7 @@ def test_a_key_that_is_read_is_checked_or_changes_the_configuration(key: str) ->
         try:
             decoder_config({**base, "model_type": family, key: {"no": "such"}})
         except ConfigError as error:
-            assert key in str(error) or (key == "quantization_config" and "quantized" in str(error))
+            assert key in str(error) or (key.startswith("quantization") and "quantized" in str(error))
             return
     pytest.fail(f"{key} is not read")
 

@@ -375,12 +375,48 @@ def test_which_file_names_the_end_tokens(tmp_path: Path) -> None:
     assert (tok.eos_ids, tok.eos_id, tok.bos_id) == (frozenset(), None, None)
 
 
-@pytest.mark.parametrize("value", ["2", -1, True, [1, "2"], [], {"a": 1}, 1.5])
+@pytest.mark.parametrize("value", ["2", -2, True, [1, "2"], [1, -3], {"a": 1}, 1.5])
 def test_an_end_token_that_is_no_id(tmp_path: Path, value: object) -> None:
     folder = make(tmp_path, "chatml")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id is .*wanted a token id"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", [-1, [], [-1]])
+def test_an_end_token_that_says_there_is_none(tmp_path: Path, value: object) -> None:
+    """The next file is asked, and at last tokenizer_config.json's eos_token."""
+    make(tmp_path, "chatml")
+    named = load_tokenizer(tmp_path).eos_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert load_tokenizer(tmp_path).eos_ids == named
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert load_tokenizer(tmp_path).eos_ids == {0}
+
+
+def added(folder: Path, **files: Any) -> Tokenizer:
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        there = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**there, **content}))
+    return load_tokenizer(folder)
+
+
+def test_tokens_that_tokenizer_json_lacks_are_added(tmp_path: Path) -> None:
+    make(tmp_path, "chatml")
+    n = load_tokenizer(tmp_path).vocab_size
+    entry = {"content": "<|call|>", "special": True}
+    tok = added(tmp_path, tokenizer_config={"added_tokens_decoder": {str(n): entry}}, added_tokens={"<tool>": n + 1})
+    assert tok.encode("<|call|><tool>", parse_special=True) == [n, n + 1]
+    assert n in tok.special_ids and n + 1 not in tok.special_ids and tok.vocab_size == n + 2
+
+
+@pytest.mark.parametrize(("offset", "named"), [(5, "makes it"), (-1, '" there')])
+def test_an_added_token_that_does_not_fit_is_refused(tmp_path: Path, offset: int, named: str) -> None:
+    make(tmp_path, "chatml")
+    n = load_tokenizer(tmp_path).vocab_size
+    with pytest.raises(TokenizerError, match=rf'added_tokens\.json: token {n + offset} is "<tool>", .*{named}'):
+        added(tmp_path, added_tokens={"<tool>": n + offset})
 
 
 def test_vocabulary_against_the_embedding(tok: Tokenizer, folder: Path, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ _LIMIT_FILES = tuple(
 )
 
 
+# Settings of sentence-transformers 6.2's transformer module, and the one value of each that is implemented.
+_ONLY: dict[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+    "processing_kwargs": {},
+}
+
+
 @dataclass(frozen=True)
 class Pooling:
     """One vector from the token vectors of a text.
@@ -128,9 +137,7 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
     transformer, pooling, width, normalize = _read_modules(folder)
     prompts, default_prompt = _read_prompts(folder)
     limits, source = _read_first(transformer, _LIMIT_FILES)
-    task = limits.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise ConfigError(f"{source}: transformer_task={task!r} is not implemented, only 'feature-extraction'")
+    _check_only(limits, source)
     lower_case = limits.get("do_lower_case", False)
     if not isinstance(lower_case, bool):
         raise ConfigError(f"{source}: do_lower_case={lower_case!r}, wanted true or false")
@@ -156,6 +163,16 @@ def read_sentence_files(folder: Path) -> SentenceFiles:
         tokenizer_limit=tokenizer_limit,
         lower_case=lower_case,
     )
+
+
+def _check_only(limits: dict[str, Any], source: Path) -> None:
+    """Raise ConfigError for a setting of the transformer module that may change the vectors and is not implemented."""
+    for key, value in limits.items():
+        if key in ("max_seq_length", "do_lower_case", "unpad_inputs"):  # read; or only how it computes
+            continue
+        if value not in (None, _ONLY.get(key)):
+            wanted = f"only {_ONLY[key]!r}" if key in _ONLY else "it may change the vectors"
+            raise ConfigError(f"{source}: {key}={value!r:.100} is not implemented: {wanted}")
 
 
 def _read_modules(folder: Path) -> tuple[Path, Pooling, int | None, bool]:

@@ -9,6 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("CONTRIBUTING.md", "README.md", "NOTES.md")
+FOLDERS = (
+    *("kernels", "lora", "models", "quant", "retrieval", "bench"),
+    *(f"kernels/{name}" for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")),
+)
 SUFFIXES = (".py", ".md", ".c", ".toml", ".sql", ".json", "/")
 
 
@@ -32,6 +36,15 @@ def test_the_files_it_names_exist(page: str) -> None:
     paths = named(page)
     assert len(paths) > 5
     assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_tables_of_a_package_s_readme_name_its_files(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    files = [name for cell in cells for name in re.findall(r"`([\w./*]+(?:\.py|\.c|\.sql|/))`", cell)]
+    assert files
+    assert [name for name in files if not [*(ROOT / folder).glob(name)]] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

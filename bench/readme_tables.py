@@ -29,12 +29,12 @@ READING = (
     ("kernels/nf4/gpu/triton_matmul.py", "a product with a packed weight, for a GPU"),
     ("lora/layer.py", "what is trained: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward"),
     ("lora/files.py", "an adapter on disk, as PEFT reads it"),
-    ("models/files/weights.py", "safetensors to the byte"),
-    ("models/decoder/decoder.py", "where it all sits: the transformer"),
-    ("models/decoder/generate.py", "one token after another"),
+    ("models/files/weights.py", "the safetensors format, byte by byte"),
+    ("models/decoder/decoder.py", "the transformer, which holds these layers"),
+    ("models/decoder/generate.py", "generation, one token after another"),
     ("recipes/training/trainer.py", "QLoRA: one step, and why its gradient is right"),
-    ("retrieval/store.py", "documents that survive a power cut"),
-    ("recipes/rag/answer.py", "a question, its passages, an answer with sources"),
+    ("retrieval/store.py", "a durable store: a document is committed wholly or not at all"),
+    ("recipes/rag/answer.py", "a question, its passages, an answer with cited sources"),
 )
 
 # The rows of README.md: a benchmark and how the name of its figure begins. The first such figure is taken, whether

@@ -97,8 +97,8 @@ def test_hundreds_of_masks_are_all_different():
 
 @pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 0.9])
 def test_masks_by_their_definition(p: float):
-    """Bits u in 0 ... 65535, four to a draw of 64; dropped where u < round(65536 p). A run that is resumed under a later
-    version draws them again, so they may not change."""
+    """Numbers u in 0 ... 65535, four to a draw of 64 bits; dropped where u < round(65536 p). A run that is resumed
+    under a later version draws them again, so they may not change."""
     x = torch.empty(211, 2003)  # 6 elements are expected to lie on the border
     mask, scale = _mask(x, p, 7, 3.0)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64)

@@ -14,7 +14,7 @@ from qlorag.recipes.data.examples import Example
 from qlorag.recipes.errors import TrainingError
 from qlorag.recipes.training.checkpoint import checkpoints, read_state, restore_optimizer, save_checkpoint
 from qlorag.recipes.training.trainer import Trainer, TrainSettings
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 EXAMPLES = [Example([5, 6, 7, 8, 9], [False, False, True, True, True], line) for line in (1, 2)]
 SETTINGS = {"iters": 9, "lora": {"r": 2}}
@@ -66,6 +66,27 @@ def test_what_a_checkpoint_holds(tiny_dir: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["adapter", "optimizer.safetensors", "trainer.json"]
     assert json.loads((folder / "trainer.json").read_text()) == {"step": 1, "settings": SETTINGS}
     assert [p.name for p in folder.parent.iterdir()] == ["step-0000001"]  # nothing half made stays
+
+
+def test_a_full_disk_keeps_what_was_there(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors reports a full disk by an error of its own, which is no OSError."""
+    from qlorag.recipes.training import checkpoint
+
+    trainer = trainer_on(tiny_dir)
+    old = save(trainer, tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trainer.step = 1
+    with pytest.raises(TrainingError) as error:
+        save(trainer, tmp_path)
+    assert str(error.value) == (
+        f"{old.parent / 'step-0000001'}: cannot be written (I/O error: No space left on device (os error 28)): "
+        "older checkpoints are kept"
+    )
+    assert list(old.parent.iterdir()) == [old] and read_state(old, settings=SETTINGS) == 0
 
 
 def test_the_newest_are_kept_and_the_same_step_is_written_again(tiny_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""What the layer chooses by itself: dtypes, devices, first values, the stream of its dropout masks, its text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from qlorag.lora import LoRALinear
+from qlorag.lora.layer import SHORT_INPUT, _mask, feature_counts, is_linear, is_quantized
+from torch import nn
+
+
+def one_number(base: float, B: float, dtype: torch.dtype, **options: object) -> LoRALinear:
+    """y = (base + B) x for the first of two inputs, A = [1 0]."""
+    linear = nn.Linear(2, 1, bias=False).to(dtype)
+    linear.weight.data.copy_(torch.tensor([[base, 0.0]]))
+    layer = LoRALinear(linear, r=1, alpha=1.0, **options)
+    layer.lora_A.data.copy_(torch.tensor([[1.0, 0.0]]))
+    layer.lora_B.data.fill_(B)
+    return layer
+
+
+def test_short_half_precision_inputs_are_computed_in_float32():
+    """256 + 1.003 is past the middle of bf16's 256 and 258. With B rounded to bf16 it is the tie 257, which goes to
+    256. So the sum tells in which dtype the branch ran: float32 below SHORT_INPUT rows, the input's from there on."""
+    layer = one_number(256.0, 1.003, torch.bfloat16)
+    for rows, wanted in ((1, 258.0), (SHORT_INPUT - 1, 258.0), (SHORT_INPUT, 256.0)):
+        x = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16).expand(rows, 2)
+        assert set(layer(x).flatten().tolist()) == {wanted}, rows
+    layer.compute_dtype = torch.float32
+    assert set(layer(x).flatten().tolist()) == {258.0}
+
+
+def test_the_compute_dtype_is_the_branchs():
+    """x Aᵀ with x = 1 + 2^-10, which is 1 in bf16."""
+    x = torch.tensor([[1 + 2**-10, 0.0]])
+    assert one_number(0.0, 1.0, torch.float32)(x).item() == 1 + 2**-10
+    assert one_number(0.0, 1.0, torch.float32, compute_dtype=torch.bfloat16)(x).item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_both_matrices_have_the_dtype_asked_for(dtype: torch.dtype):
+    layer = LoRALinear(nn.Linear(4, 3), r=2, alpha=2.0, dtype=dtype)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == dtype
+    assert layer.delta().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+class Bare(nn.Module):
+    """A linear layer by duck type, without parameters or buffers."""
+
+    in_features, out_features = 4, 3
+
+
+def test_both_matrices_live_where_the_base_does():
+    on_meta = nn.Linear(4, 3, device="meta")
+    buffered = Bare()
+    buffered.register_buffer("codes", torch.empty(1, device="meta"))
+    for base, device, wanted in (
+        (nn.Linear(4, 3), None, "cpu"),
+        (on_meta, None, "meta"),
+        (buffered, None, "meta"),
+        (on_meta, torch.device("cpu"), "cpu"),
+        (Bare(), None, "cpu"),
+    ):
+        layer = LoRALinear(base, r=2, alpha=2.0, device=device)
+        assert layer.lora_A.device.type == layer.lora_B.device.type == wanted
+
+
+def test_first_values_are_uniform_around_zero():
+    """In ±1/sqrt(K), variance 1/(3K). 2,000 draws: five standard deviations of mean and variance as bounds."""
+    A = LoRALinear(nn.Linear(100, 3), r=20, alpha=2.0, generator=torch.Generator().manual_seed(0)).lora_A.detach()
+    assert A.abs().max() <= 0.1
+    assert abs(A.mean()) < 5 * math.sqrt(0.01 / 3 / 2000)
+    assert abs(A.var() - 0.01 / 3) < 5 * math.sqrt(4 / 45 * 1e-4 / 2000)  # the variance of u² is 4/45 for u in ±1
+
+
+def test_without_dropout_no_random_number_is_drawn():
+    layer = LoRALinear(nn.Linear(4, 3), r=2, alpha=2.0, dropout=0.5)
+    x = torch.ones(2, 4)
+    for layer.dropout, training, drawn in ((0.5, True, True), (0.5, False, False), (0.0, True, False)):
+        layer.train(training)
+        before = torch.get_rng_state()
+        layer(x)
+        assert torch.equal(before, torch.get_rng_state()) != drawn
+
+
+def test_hundreds_of_masks_are_all_different():
+    layer = LoRALinear(nn.Linear(64, 64, bias=False), r=64, alpha=64.0, dropout=0.5)
+    layer.base.weight.data.zero_()
+    layer.lora_A.data.copy_(torch.eye(64))
+    layer.lora_B.data.copy_(torch.eye(64))
+    torch.manual_seed(0)
+    masks = {tuple((layer(torch.ones(1, 64))[0] != 0).tolist()) for _ in range(300)}
+    assert len(masks) == 300
+
+
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 0.9])
+def test_masks_by_their_definition(p: float):
+    """Numbers u in 0 ... 65535, four to a draw of 64 bits; dropped where u < round(65536 p). A run that is resumed
+    under a later version draws them again, so they may not change."""
+    x = torch.empty(211, 2003)  # 6 elements are expected to lie on the border
+    mask, scale = _mask(x, p, 7, 3.0)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+    draws.random_(-(2**63), None, generator=torch.Generator().manual_seed(7))
+    u = draws.numpy().view("<i2").astype(int)[: x.numel()] + 32768
+    dropped = round(65536 * p)
+    assert (u == dropped).any() and (u == dropped - 1).any()
+    assert mask.tolist() == (u >= dropped).reshape(211, 2003).tolist()
+    assert scale == pytest.approx(3 * 65536 / (65536 - dropped), rel=1e-15)
+
+
+def test_a_rate_that_rounds_to_nothing_drops_nothing():
+    assert _mask(torch.ones(4), 2**-18, 0, 3.0) == (None, 3.0)
+
+
+def test_which_layers_can_carry_an_adapter():
+    linear, bare = nn.Linear(4, 3), Bare()
+    assert is_linear(linear) and is_linear(bare) and feature_counts(bare) == (4, 3)
+    assert not is_linear(nn.Embedding(4, 3)) and not is_linear(LoRALinear(linear, r=1, alpha=1.0))
+    for half in ("in_features", "out_features"):
+        other = Bare()
+        setattr(other, half, None)
+        assert not is_linear(other)
+
+
+def test_which_layers_count_as_quantized():
+    class Quantized(Bare):
+        def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(3, 4, dtype=dtype)
+
+    class Named(Bare):
+        dequantize = "not a method"
+
+    class NotLinear(nn.Module):
+        dequantize = Quantized.dequantize
+
+    assert is_quantized(Quantized())
+    assert not any(is_quantized(m) for m in (Named(), Bare(), NotLinear(), nn.Linear(4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "r=2, alpha=3"),
+        ({"dropout": 0.25}, "r=2, alpha=3, dropout=0.25"),
+        ({"rslora": True}, "r=2, alpha=3, rslora"),
+        ({"dropout": 0.25, "rslora": True}, "r=2, alpha=3, dropout=0.25, rslora"),
+    ],
+)
+def test_its_text_names_what_is_not_the_default(options: dict[str, object], text: str):
+    assert LoRALinear(nn.Linear(4, 3), r=2, alpha=3.0, **options).extra_repr() == text

@@ -1,0 +1,154 @@
+"""The rows of a store: what is written, what is read back, and which contradictions are named."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qlorag.retrieval import Chunk, CorruptStoreError, Document, DocumentError, Hit
+from qlorag.retrieval.sqlite import records
+from qlorag.retrieval.sqlite.database import create_database, open_database
+
+CATS = Document("cats.md", "Cats sleep. Cats hunt.", metadata={"by": "me", "n": [1, None]})
+CHUNKS = [Chunk("Cats sleep.", 0, 11), Chunk("Cats hunt.", 12, 22)]
+VECTORS = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    create_database(tmp_path / "store.sqlite3", embedder_id="words", chunk_size=7, chunk_overlap=2)
+    connection, _, _ = open_database(tmp_path / "store.sqlite3", read_only=False)
+    yield connection
+    connection.close()
+
+
+def write(db: sqlite3.Connection, document: Document = CATS, vectors: np.ndarray = VECTORS) -> bool:
+    return records.write_document(db, document, records.encode_metadata(document), CHUNKS, vectors)
+
+
+def rows(db: sqlite3.Connection, query: str) -> list[tuple[object, ...]]:
+    return db.execute(query).fetchall()
+
+
+def test_a_document_is_three_kinds_of_rows(db: sqlite3.Connection) -> None:
+    assert write(db) is False
+    assert rows(db, "SELECT id, uri, sha256, text, metadata FROM documents") == [
+        (1, "cats.md", CATS.sha256, CATS.text, '{"by": "me", "n": [1, null]}')
+    ]
+    assert rows(db, "SELECT id, document_id, ordinal, start_char, end_char FROM chunks") == [
+        (1, 1, 0, 0, 11),
+        (2, 1, 1, 12, 22),
+    ]
+    # 1, 2, 3 as little-endian float32, whatever the byte order of the machine or of the array
+    blob = bytes.fromhex("0000803f 00000040 00004040")
+    assert rows(db, "SELECT chunk_id, vector FROM vectors")[0] == (1, blob)
+    write(db, vectors=VECTORS.astype(">f4"))
+    assert rows(db, "SELECT chunk_id, vector FROM vectors")[0] == (3, blob)  # an id is never used again
+
+
+def test_a_document_of_the_same_name_is_replaced_whole(db: sqlite3.Connection) -> None:
+    write(db)
+    write(db, Document("dogs.md", CATS.text))
+    assert write(db) is True
+    assert rows(db, "SELECT document_id, count(*) FROM chunks GROUP BY 1") == [(2, 2), (3, 2)]
+    assert rows(db, "SELECT chunk_id FROM vectors ORDER BY 1") == [(3,), (4,), (5,), (6,)]
+    assert records.read_uris(db) == ["cats.md", "dogs.md"]
+
+
+def test_each_chunk_needs_a_vector(db: sqlite3.Connection) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        write(db, vectors=VECTORS[:1])
+
+
+def test_deleting_takes_chunks_and_vectors_along(db: sqlite3.Connection) -> None:
+    write(db)
+    assert records.delete_document(db, "dogs.md") is False
+    assert records.delete_document(db, "cats.md") is True
+    assert rows(db, "SELECT * FROM chunks") == rows(db, "SELECT * FROM vectors") == []
+    assert records.delete_document(db, "cats.md") is False
+
+
+def test_documents_come_back_as_they_were(db: sqlite3.Connection) -> None:
+    own = Document("own.md", "x", sha256="of the bytes")  # a file's bytes are not always the text's
+    write(db)
+    records.write_document(db, own, "{}", [], np.empty((0, 3), np.float32))
+    assert records.load_document(db, "cats.md") == CATS and records.load_document(db, "own.md") == own
+    assert records.load_document(db, "dogs.md") is None
+    assert records.read_sha256(db, "own.md") == "of the bytes" and records.read_sha256(db, "dogs.md") is None
+    assert records.read_uris(db) == ["cats.md", "own.md"]
+
+
+def test_metadata_is_replaced_only_where_it_differs(db: sqlite3.Connection) -> None:
+    write(db)
+    write(db, Document("dogs.md", CATS.text))
+    assert records.write_metadata(db, "cats.md", '{"by": "me", "n": [1, null]}') is False
+    assert records.write_metadata(db, "cats.md", "{}") is True
+    assert records.write_metadata(db, "birds.md", "{}") is False
+    assert rows(db, "SELECT uri, metadata FROM documents") == [("cats.md", "{}"), ("dogs.md", "{}")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1}, b"", object()])
+def test_metadata_that_json_cannot_hold_is_refused(value: object) -> None:
+    with pytest.raises(DocumentError, match=r"^cats\.md: metadata: .+: use what JSON can hold$"):
+        records.encode_metadata(Document("cats.md", "x", metadata={"key": value}))
+    loop: dict[str, object] = {}
+    loop["self"] = loop
+    with pytest.raises(DocumentError, match="metadata: Circular"):
+        records.encode_metadata(Document("cats.md", "x", metadata=loop))
+
+
+def test_hits_are_spans_of_their_documents_in_the_order_asked(db: sqlite3.Connection) -> None:
+    write(db)
+    write(db, Document("dogs.md", CATS.text))
+    asked: list[str] = []
+    db.set_trace_callback(asked.append)
+    found = records.load_hits(db, [(2, 0.9), (3, 0.5), (1, 0.1)])
+    db.set_trace_callback(None)
+    assert found[0] == Hit("Cats hunt.", 0.9, "cats.md", 12, 22, CATS.sha256, CATS.metadata, 2)
+    assert [(h.uri, h.text, h.score, h.chunk_id) for h in found] == [
+        ("cats.md", "Cats hunt.", 0.9, 2),
+        ("dogs.md", "Cats sleep.", 0.5, 3),
+        ("cats.md", "Cats sleep.", 0.1, 1),
+    ]
+    assert sum("FROM documents" in statement for statement in asked) == 2  # each text is read once
+    assert records.load_hits(db, []) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("DELETE FROM chunks WHERE id = 2", "vectors: chunk 2 is in no document: index the documents again"),
+        ("DELETE FROM documents", "chunks: chunk 2 has no document: index the documents again"),
+        ("UPDATE documents SET text = 'Cats sleep. Cats hunt'",
+         "cats.md: chunk 2 ends at 22 of 21: index the document again"),
+    ],
+)  # fmt: skip
+def test_rows_that_contradict_each_other_are_named(db: sqlite3.Connection, damage: str, message: str) -> None:
+    write(db)
+    db.execute("PRAGMA foreign_keys = OFF")
+    db.execute(damage)
+    with pytest.raises(CorruptStoreError) as error:
+        records.load_hits(db, [(2, 0.9)])
+    assert str(error.value) == message
+
+
+def test_counts_and_settings(db: sqlite3.Connection) -> None:
+    empty = records.read_stats(db, 10)
+    assert (empty.documents, empty.chunks, empty.dim, records.read_dim(db)) == (0, 0, None, None)
+    write(db)
+    db.execute("UPDATE meta SET value = '3' WHERE key = 'dim'")
+    assert records.read_dim(db) == 3
+    assert records.read_stats(db, 4096) == records.Stats(
+        documents=1,
+        chunks=2,
+        dim=3,
+        metric="cosine",
+        embedder_id="words",
+        chunk_size=7,
+        chunk_overlap=2,
+        format_version=1,
+        bytes=4096,
+    )

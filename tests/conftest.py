@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 # Before any test imports a Hugging Face library: nothing here may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +20,28 @@ import pytest
 # Whether a Triton kernel is compiled or interpreted is decided at import, so each kind has a process of its own:
 # `make test` starts both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A worker of pytest-xdist takes whole files, whose fixtures are then made once, or whole groups of tests.
+
+    The groups come first: what takes longest should not begin last.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "demo")
+
+
+@pytest.fixture(scope="session")
+def demo(smollm2_dir: Path, minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What `qlorag demo --json` said, and its folder: the one training of a real model, for the xdist_group "demo"."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    command = [sys.executable, "-m", "qlorag.recipes.cli", "demo", "--out", str(folder), "--json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout), folder
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +69,6 @@ CHATML = (
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama of 3 layers with a byte-level tokenizer and ChatML: whole, and loaded in milliseconds."""
-    import json
-
     import torch
     from qlorag.models import Decoder, decoder_config
     from safetensors.torch import save_file

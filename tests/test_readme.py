@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import itertools
+import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import tokenize
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,52 +29,166 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), re.M | re.S)
 
 
-def expected(code: str) -> list[str]:
-    """The comments that state an output: behind a print, or alone on the line after it."""
-    lines = code.splitlines()
-    out = []
-    for i, line in enumerate(lines):
-        if re.match(r"\s*print\(", line):
-            if said := re.search(r"\)\s+# (.+)$", line):
-                out.append(said[1])
-            elif i + 1 < len(lines) and lines[i + 1].startswith("# "):
-                out.append(lines[i + 1][2:])
-    return out
+# Runs the file argv[1], and writes [[line, text], ...] of what its own calls of print printed, to argv[2].
+RECORDER = """
+import builtins, io, json, sys
+code, told = sys.argv[1:]
+printed, plain = [], builtins.print
+def recording(*values, **options):
+    text = io.StringIO()
+    plain(*values, **{**options, "file": text})
+    caller = sys._getframe(1)
+    if caller.f_code.co_filename == code:
+        printed.append([caller.f_lineno, text.getvalue()])
+builtins.print = recording
+with open(code, encoding="utf-8") as file:
+    exec(compile(file.read(), code, "exec"), {"__name__": "__main__"})
+with open(told, "w", encoding="utf-8") as file:
+    json.dump(printed, file)
+"""
+
+
+def stated(code: str) -> list[tuple[range, list[str]]]:
+    """The lines of each print with a stated output, and that: a comment behind it, or lines of comment below it."""
+    comments = {
+        token.start[0]: token.string.removeprefix("# ")
+        for token in tokenize.generate_tokens(io.StringIO(code).readline)
+        if token.type == tokenize.COMMENT
+    }
+    alone = {number for number, line in enumerate(code.splitlines(), 1) if line.lstrip().startswith("#")}
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            end = node.end_lineno or node.lineno
+            below = list(itertools.takewhile(alone.__contains__, itertools.count(end + 1)))
+            if said := [comments[end]] if end in comments else [comments[number] for number in below]:
+                found.append((range(node.lineno, end + 1), said))
+    return found
+
+
+def wrong(code: str, printed: list[tuple[int, str]]) -> list[str]:
+    """Each stated output that is not what was printed, whole.
+
+    Behind a colon it may say why, and dots at its end stand for what is left out.
+    """
+    found = []
+    for lines, said in stated(code):
+        got = "".join(text for line, text in printed if line in lines).splitlines()
+        pairs = list(itertools.zip_longest(got, said, fillvalue=None))
+        if not all(g is not None and s is not None and same(g, s) for g, s in pairs):
+            found.append(f"stated {said}, printed {got}")
+    return found
+
+
+def same(got: str, said: str) -> bool:
+    if said.endswith("..."):
+        start = said.removesuffix("...")
+        return bool(start) and got.startswith(start) and got != start
+    return got == said or said.startswith(f"{got}: ")
+
+
+def run_python(code: str, folder: Path) -> list[tuple[int, str]]:
+    (folder / "blocks.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-c", RECORDER, "blocks.py", "printed.json"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [(line, text) for line, text in json.loads((folder / "printed.json").read_text())]
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("path", [p for p in READMES if blocks(p, "python")], ids=str)
 def test_python_blocks(path: Path, smollm2_dir: Path, minilm_dir: Path, tmp_path: Path) -> None:
-    """One process for each file, its blocks in order; a stated output begins with what was printed."""
+    """One process for each file, its blocks in order; what is stated is all that was printed there."""
     code = "\n".join(blocks(path, "python"))
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    printed = iter(run.stdout.splitlines())
-    for said in expected(code):
-        assert any(line and said.startswith(line.strip()) for line in printed), f"{said!r} not in {run.stdout!r}"
+    assert wrong(code, run_python(code, tmp_path)) == []
+
+
+def test_a_wrong_output_is_found(tmp_path: Path) -> None:
+    right = [
+        "print(12.5)  # 12.5",
+        "print(12.5)  # 12.5: twice 6.25",
+        "print(f'{12.5}',\n      1)  # 12.5 1",
+        "for i in range(2):\n    print(i)\n# 0\n# 1",
+        "print('one two three')  # one two...",
+        "print(7)",
+    ]
+    left_out = [
+        "print(1)  # 12.5",
+        "print(12.5)  # 1",
+        "print(12.5)  # 12.5 or so",
+        "print(12)  # 12...",
+        "print(1, 2)  # ...",
+        "print()  # 1",
+        "print('1\\n2')  # 1",
+        "for i in range(2):\n    print(i)\n# 0",
+        "if 0:\n    print(1)  # 1",
+    ]
+    for number, code in enumerate(right + left_out):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert bool(wrong(code, run_python(code, folder))) == (code in left_out), code
+
+
+def commands(script: str) -> list[list[str]]:
+    lines = re.split(r"\n(?!\s)", script.replace("\\\n", " ").strip())
+    return [shlex.split(line) for line in lines if line.strip()]
 
 
 @pytest.mark.model
-def test_the_readme_s_commands_run_as_written(smollm2_dir: Path, minilm_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.xdist_group("demo")
+def test_the_readme_s_commands_run_as_written(demo: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Each of them; but the training is stopped once it is seen to be the demo's, whose adapter takes its place."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     (script,) = blocks(Path("README.md"), "bash")
-    said: dict[str, str] = {}
-    for command in re.split(r"\n(?!\s)", script.replace("\\\n", " ").strip()):
-        if not command.strip():
+    said: list[tuple[str, str]] = []
+    for command in commands(script):
+        if command[1] == "train":
+            begins_as_the_demo(command, tmp_path, env, demo[1] / "adapter")
+            said.append(("train", ""))
             continue
-        run = subprocess.run(shlex.split(command), cwd=tmp_path, env=env, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert run.returncode == 0, (command, run.stderr[-2000:])
-        said[command] = run.stdout
-    verbs = [c.split()[1] for c in said]
-    assert verbs == ["pull", "inspect", "train", "evaluate", "generate", "fuse", "generate", "index", "search", "ask"]
-    answers = [out for c, out in said.items() if c.startswith("qlorag generate")]
-    assert all(a.startswith("A software developer from Cyprus\n") for a in answers), answers
+        said.append((command[1], run.stdout))
+    verbs = ["pull", "inspect", "train", "evaluate", "generate", "fuse", "generate", "index", "search", "ask"]
+    assert [verb for verb, _ in said] == verbs
+    answers = [out.split("\n==========\n")[0] for verb, out in said if verb == "generate"]
+    assert answers == ["A software developer from Cyprus"] * 2
+
+
+def begins_as_the_demo(command: list[str], folder: Path, env: dict[str, str], trained: Path) -> None:
+    """Two steps of a training whose settings, data and losses are those of `trained`, which then takes its place."""
+    adapter = folder / command[command.index("--adapter-path") + 1]
+    metrics = adapter / "metrics.jsonl"
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGINT, output[-2000:]
+    assert recorded(adapter) == recorded(trained)
+    began, whole = losses(metrics), losses(trained / "metrics.jsonl")
+    assert len(began) >= 3 and began == whole[: len(began)]
+    shutil.rmtree(adapter)
+    shutil.copytree(trained, adapter)
+
+
+def recorded(adapter: Path) -> dict[str, Any]:
+    """The settings in the newest checkpoint, which a run that is resumed must have too."""
+    (*_, newest) = sorted((adapter / "checkpoints").iterdir())
+    settings: dict[str, Any] = json.loads((newest / "trainer.json").read_text())["settings"]
+    return settings
+
+
+def losses(metrics: Path) -> list[tuple[str, int, float]]:
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(event["event"], event["step"], event["loss"]) for event in events]
 
 
 def test_the_tables_say_what_the_files_say() -> None:
     import importlib.util
-    import json
 
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "bench" / "readme_tables.py")
     assert spec and spec.loader

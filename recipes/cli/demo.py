@@ -59,7 +59,7 @@ def demo(args: argparse.Namespace, display: Display) -> int:
     for name in (MODEL, ENCODER):
         display.say(f"{name}: {pull(name)}")
     pulled = time.perf_counter()
-    with as_file(files(__package__) / "bundled") as bundled:
+    with as_file(files("qlorag.recipes") / "bundled") as bundled:
         tuned = _fine_tune(bundled / "rows", out, display)
         answers = _ask_documents(bundled / "documents", out, display)
     display.heading("Summary")

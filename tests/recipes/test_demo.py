@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qlorag.recipes.cli.demo import MARK
@@ -16,13 +13,9 @@ ANSWER = "A software developer from Cyprus"
 
 
 @pytest.mark.model
-def test_the_demo_tells_its_story(smollm2_dir: Path, minilm_dir: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "qlorag.recipes.cli", "demo", "--out", str(tmp_path / "demo"), "--json"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    told = json.loads(run.stdout)
+@pytest.mark.xdist_group("demo")
+def test_the_demo_tells_its_story(demo: tuple[dict[str, Any], Path]) -> None:
+    told, folder = demo
     assert ANSWER not in told["before"] and "developer" not in told["before"]
     assert told["after"] == told["fused"] == ANSWER
     assert "Paris" in told["kept_after"] and ANSWER not in told["kept_after"]
@@ -31,7 +24,7 @@ def test_the_demo_tells_its_story(smollm2_dir: Path, minilm_dir: Path, tmp_path:
     assert "developer" in told["with_documents"] and "Cyprus" in told["with_documents"]
     assert told["sources"][0] == "patroclos.txt" and 1 in told["citations"]
     assert round(told["bits_per_weight"], 3) == 4.127
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"adapter", "fused", "store", MARK}
+    assert {p.name for p in folder.iterdir()} == {"adapter", "fused", "store", MARK}
 
 
 def test_the_demo_removes_nothing_that_it_did_not_make(

@@ -44,7 +44,7 @@ def test_quantize_by_hand(kind: str, numel: int):
         x[zeros] = 0
         packed, absmax = reference.quantize(x, kind=kind, block_size=32)
         codes, scales = by_hand(x.tolist(), kind, 32)
-        zero_code = [c for c, v in enumerate(TABLES[kind]) if v == 0][0]
+        zero_code = next(c for c, v in enumerate(TABLES[kind]) if v == 0)
         padded = codes + [zero_code] * (numel % 2)
         assert packed.tolist() == [high * 16 + low for high, low in zip(padded[::2], padded[1::2], strict=True)]
         assert absmax.tolist() == scales

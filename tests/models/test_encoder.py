@@ -260,6 +260,37 @@ def test_lower_case_from_the_sentence_file(folder: Path) -> None:
     )
 
 
+@pytest.mark.oracle
+@pytest.mark.model
+@pytest.mark.parametrize(("kind", "changes"), [("BertTokenizer", True), ("PreTrainedTokenizerFast", False)])
+def test_lower_case_that_contradicts_the_normalizer(minilm_dir: Path, tmp_path: Path, kind: str, changes: bool) -> None:
+    """transformers' BertTokenizer follows tokenizer_config.json, its other classes tokenizer.json."""
+    shutil.copytree(minilm_dir, tmp_path / "cased")
+    edit(tmp_path / "cased" / "tokenizer_config.json", do_lower_case=False, tokenizer_class=kind)
+    texts = ["Berlin and PARIS", "berlin and paris"]
+    ours = load_encoder(tmp_path / "cased").encode(texts)
+    np.testing.assert_allclose(ours, sentence_transformer(tmp_path / "cased").encode(texts), atol=1e-5)
+    assert (abs(ours[0] - ours[1]).max() > 0.01) == changes
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("transformer_task", "fill-mask"),
+        ("processing_kwargs", {"text": {"max_length": 6}}),
+        ("modality_config", {"text": {"method": "forward", "method_output_name": ["hidden_states", -2]}}),
+        ("document_length", 6),
+        ("something_new", True),
+    ],
+)
+def test_a_setting_that_may_change_the_vectors_is_refused(folder: Path, key: str, value: Any) -> None:
+    edit(folder / "sentence_bert_config.json", **{key: None})
+    load_encoder(folder)
+    edit(folder / "sentence_bert_config.json", **{key: value})
+    with pytest.raises(ConfigError, match=f"sentence_bert_config.json: {key}=.* is not implemented"):
+        load_encoder(folder)
+
+
 def varied_texts() -> list[str]:
     """200 texts: ordinary words, and all that tokenizers stumble over."""
     rng = random.Random(0)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .documents.read import Document
+from .errors import EmbedderError
 from .index.exact import Float32, check_vectors
-from .splitter import Chunk
+from .splitter import Chunk, TokenCounter, count_words
 from .sqlite.records import encode_metadata
 
 Embedder = Callable[[list[str]], Any]
@@ -24,6 +25,30 @@ class Prepared(NamedTuple):
     document: Document
     metadata: str
     chunks: list[Chunk] | None
+
+
+def counter_and_window(embedder: Embedder | None) -> tuple[TokenCounter | None, int | None]:
+    """What the object behind an embedder says of itself: its token counter, and how many tokens it reads."""
+    owner = getattr(embedder, "__self__", embedder)
+    counter, window = getattr(owner, "count_tokens", None), getattr(owner, "window", None)
+    return counter if callable(counter) else None, window if isinstance(window, int) else None
+
+
+def check_window(chunk_size: int, window: int | None) -> None:
+    """Raise EmbedderError if the embedder would read only the beginning of a chunk."""
+    if window is not None and chunk_size > window:
+        raise EmbedderError(
+            f"chunk_size={chunk_size}: the embedder reads {window} tokens of a text, the rest would never be found: "
+            f"give at most {window}"
+        )
+
+
+def name_of(counter: TokenCounter) -> str:
+    """What a counter is called in a store: "words", or the class or function that it comes from."""
+    if counter is count_words:
+        return "words"
+    owner = getattr(counter, "__self__", None)
+    return type(owner).__name__ if owner is not None else getattr(counter, "__qualname__", type(counter).__name__)
 
 
 def prepare(

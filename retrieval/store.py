@@ -11,7 +11,9 @@ one transaction writes the document's text, chunks and vectors, in place of what
 uri, and `add` counts it as done only after COMMIT has returned with the data on the disk.
 
 An embedder is a callable, list[str] -> float32 [n, D], and `embedder_id` names it: vectors of two embedders
-cannot be compared, even if their dimensions agree, so a store refuses every other one.
+cannot be compared, even if their dimensions agree, so a store refuses every other one. An embedder that is a method
+of an object with `count_tokens` and `window` (models.Encoder has both) brings its own counter and the longest chunk
+that it reads whole: of a longer one it would see only the beginning, so there is none.
 
 A Store belongs to the thread that opened it. One process writes at a time; any number may read meanwhile.
 """
@@ -38,13 +40,22 @@ from .errors import (
 from .index.exact import Float32, check_vectors
 from .index.hnswlib_index import MANIFEST, HnswConfig
 from .index.search import Searcher
-from .ingest import Embedder, Prepared, embed_group, prepare
+from .ingest import (
+    Embedder,
+    Prepared,
+    check_window,
+    counter_and_window,
+    embed_group,
+    name_of,
+    prepare,
+)
 from .splitter import Chunk, TokenCounter, count_words, split_text
 from .sqlite import records
 from .sqlite.database import (
     check_nothing_lost,
     create_database,
     exists,
+    identity,
     open_database,
     record_change,
     signature,
@@ -52,12 +63,14 @@ from .sqlite.database import (
 )
 from .sqlite.locking import WriterLock
 from .sqlite.records import AddReport, Hit, Stats
+from .sqlite.upgrade import upgrade
 
 Progress = Callable[[int, "int | None"], None]
 """(documents done, of how many, if known). When it is called, the first `done` documents are on the disk."""
 
 DATABASE = "store.sqlite3"
 CHUNK_SIZE, CHUNK_OVERLAP = 256, 20  # of a new store
+UNKNOWN = "unknown"  # the counter of a store that was made before counters were named
 EXACT_BELOW = 20_000  # chunks; an exact search of so many takes milliseconds
 
 
@@ -97,7 +110,7 @@ class Store:
         dim: int | None = None,
         chunk_size: int | None = None,
         chunk_overlap: int | None = None,
-        count_tokens: TokenCounter = count_words,
+        count_tokens: TokenCounter | None = None,
         read_only: bool = False,
         exact_below: int = EXACT_BELOW,
         hnsw: HnswConfig | None = None,
@@ -107,18 +120,21 @@ class Store:
         embedder:      list[str] -> float32 [n, D]; without it, only `add` and `search` are refused.
         embedder_id:   a fingerprint of the embedder (weights, tokenizer, pooling); needed to make a store.
         dim:           D, if known: a store of another dimension is refused now, not at the first vector.
-        chunk_size:    in tokens, fixed when the store is made (256); it should fit the embedder's window:
-                       of a longer chunk the embedder sees only the beginning.
+        chunk_size:    in tokens, fixed when the store is made; by default what the embedder reads at once, or 256.
         chunk_overlap: in tokens, fixed when the store is made (20, or less if chunk_size is not above it).
-        count_tokens:  the embedder's own counter makes these exact; by default words are counted.
+        count_tokens:  by default the embedder's own counter; where it has none, words are counted. Its name is kept in
+                       the store, which refuses another one.
         exact_below:   number of chunks from which searches go through HNSW.
         Raises StoreNotFoundError, LockedError, ReadOnlyError, CorruptStoreError, FormatVersionError.
-        Raises EmbedderMismatchError: the store holds another embedder's vectors, or chunks of another size.
+        Raises EmbedderMismatchError: the store holds another embedder's vectors, or chunks of another size or counter.
+        Raises EmbedderError: chunks of that size are longer than what the embedder reads.
         """
         if embedder is not None and not embedder_id:
             raise EmbedderError("embedder_id is missing: give a fingerprint that changes when the embedder does")
         folder = Path(path)
         file = folder / DATABASE
+        own_counter, window = counter_and_window(embedder)
+        counter = count_tokens or own_counter or count_words
         lock = None if read_only else WriterLock(folder)
         try:
             if not exists(file):
@@ -127,15 +143,20 @@ class Store:
                     raise StoreNotFoundError(f"{file}: no store here: index some documents into it first")
                 if not embedder_id:
                     raise EmbedderError(f"{folder}: a new store needs an embedder_id: name the embedder it is for")
-                size = CHUNK_SIZE if chunk_size is None else chunk_size
+                size = (window or CHUNK_SIZE) if chunk_size is None else chunk_size
+                check_window(size, window)
                 overlap = min(CHUNK_OVERLAP, size - 1) if chunk_overlap is None else chunk_overlap
                 split_text("", size=size, overlap=overlap)  # refuses impossible settings
-                create_database(file, embedder_id=embedder_id, chunk_size=size, chunk_overlap=overlap)
+                create_database(
+                    file, embedder_id=embedder_id, chunk_size=size, chunk_overlap=overlap, counter=name_of(counter)
+                )
+            elif lock is not None:
+                upgrade(file)
             store = cls(
                 folder,
                 lock=lock,
                 embedder=embedder,
-                count_tokens=count_tokens,
+                count_tokens=counter,
                 exact_below=exact_below,
                 hnsw=hnsw or HnswConfig(),
                 dim=dim,
@@ -146,6 +167,9 @@ class Store:
             raise
         try:
             store._check_settings(embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
+            if embedder is not None and lock is not None:
+                store._check_settings(counter=name_of(counter))
+                check_window(int(store._meta["chunk_size"]), window)
         except BaseException:  # ctrl-C too: the lock must not stay held
             store.close()
             raise
@@ -197,7 +221,7 @@ class Store:
     def delete(self, uri: str) -> bool:
         """Remove a document with its chunks and vectors; False if there is none of that name."""
         self._check_writable()
-        with transaction(self._db, "IMMEDIATE", self._file):
+        with self._writing():
             deleted = records.delete_document(self._db, uri)
             if deleted:
                 record_change(self._db)
@@ -248,7 +272,7 @@ class Store:
             if dim is None:
                 return
             sha256 = self._searcher_for(dim).build(self._db)
-        with transaction(self._db, "IMMEDIATE", self._file):
+        with self._writing():
             record_change(self._db, index_sha256=sha256)
         self._searcher_for(dim).published()
 
@@ -269,7 +293,8 @@ class Store:
     def stats(self) -> Stats:
         """What the store holds and how it was made."""
         with self._reading():
-            return records.read_stats(self._db, self._file.stat().st_size)
+            files = (entry for entry in self._folder.iterdir() if entry.is_file())
+            return records.read_stats(self._db, sum(entry.stat().st_size for entry in files))
 
     def _is_stored(self, document: Document) -> bool:
         with self._reading():
@@ -287,7 +312,7 @@ class Store:
     def _commit(self, prepared: Prepared, vectors: Float32) -> str:
         """One transaction: the document as it is now, or nothing of it. Returns the key to count it under."""
         document, metadata, chunks = prepared
-        with transaction(self._db, "IMMEDIATE", self._file):
+        with self._writing():
             if chunks is None:
                 if records.write_metadata(self._db, document.uri, metadata):
                     record_change(self._db)
@@ -311,14 +336,41 @@ class Store:
         """A consistent snapshot for the statements inside."""
         if self._closed:
             raise StoreError(f"{self._folder}: the store is closed: open it again")
-        if self._immutable and signature(self._file) != self._signature:  # its owner wrote to it meanwhile
-            self._db.close()
-            self._connect()
+        if self._lock is None:
+            changed = self._immutable and signature(self._file) != self._signature  # its owner wrote to it meanwhile
+            if changed or (self._is_another() and identity(self._file) is not None):
+                self._reconnect()
+        self._check_there()
         with transaction(self._db, "DEFERRED", self._file):
             yield
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One durable transaction. Raises StoreError if the file that holds it is not the store's any more."""
+        self._check_there()
+        with transaction(self._db, "IMMEDIATE", self._file):
+            yield
+            self._check_there()  # before COMMIT: nothing is acknowledged that another file will not have
+
+    def _is_another(self) -> bool:
+        return identity(self._file) != self._identity
+
+    def _check_there(self) -> None:
+        """Raise StoreError if the file was removed or replaced while it was open."""
+        if self._is_another():
+            what = "removed" if identity(self._file) is None else "replaced by another file"
+            raise StoreError(f"{self._file}: {what} while this store had it open: close the store and open it again")
+
+    def _reconnect(self) -> None:
+        """The file that is there now; it must hold vectors of the same embedder."""
+        wanted = self._meta["embedder_id"]
+        self._db.close()
+        self._connect()
+        self._searcher = None
+        self._check_settings(embedder_id=wanted)
+
     def _connect(self) -> None:
-        self._signature = signature(self._file)
+        self._signature, self._identity = signature(self._file), identity(self._file)
         self._db, self._meta, self._immutable = open_database(self._file, read_only=self._lock is None)
 
     def _check_writable(self) -> None:
@@ -333,7 +385,7 @@ class Store:
         """
         for name, value in wanted.items():
             stored = self._meta[name]
-            if value is not None and stored and str(value) != stored:
+            if value is not None and stored and str(value) != stored and stored != UNKNOWN:
                 raise EmbedderMismatchError(
                     f"{self._file}: {name}={stored} in the store, {value} given: "
                     f"open it with {stored}, or index the documents into another folder"

@@ -75,6 +75,11 @@ class Encoder(Bert):
         self._truncated = RawTokenizer.from_str(tokenizer.to_str())
         self._truncated.enable_truncation(max_tokens)
 
+    @property
+    def window(self) -> int:
+        """How many tokens of a text it reads, by `count_tokens`; the special tokens around them are not counted."""
+        return self.max_tokens - self.num_special
+
     @torch.inference_mode()
     def encode(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptStoreError, EmbedderError
+from ..sqlite.checksums import check
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -67,27 +68,31 @@ def read_vectors(connection: sqlite3.Connection, *, after: int, dim: int) -> Ite
     Raises CorruptStoreError: a stored vector has another length than dim, or is not a vector that `add`
     accepts.
     """
-    cursor = connection.execute("SELECT chunk_id, vector FROM vectors WHERE chunk_id > ? ORDER BY chunk_id", (after,))
+    cursor = connection.execute(
+        "SELECT chunk_id, vector, checksum FROM vectors WHERE chunk_id > ? ORDER BY chunk_id", (after,)
+    )
     while rows := cursor.fetchmany(_READ_BATCH):
         yield _decode(rows, dim)
 
 
 def read_chosen(connection: sqlite3.Connection, ids: Int64, *, dim: int) -> tuple[Int64, Float32]:
     """(chunk ids, unit vectors [n, D]) of those among `ids` that exist; raises as `read_vectors`."""
-    rows: list[tuple[int, bytes]] = []
+    rows: list[tuple[int, bytes, int]] = []
     for at in range(0, ids.size, 500):  # old builds of SQLite take at most 999 parameters
         part = [int(chunk_id) for chunk_id in ids[at : at + 500]]
         marks = ", ".join("?" * len(part))
-        rows += connection.execute(f"SELECT chunk_id, vector FROM vectors WHERE chunk_id IN ({marks})", part).fetchall()
+        columns = "chunk_id, vector, checksum"
+        rows += connection.execute(f"SELECT {columns} FROM vectors WHERE chunk_id IN ({marks})", part).fetchall()
     return _decode(rows, dim)
 
 
-def _decode(rows: list[tuple[int, bytes]], dim: int) -> tuple[Int64, Float32]:
-    for chunk_id, blob in rows:
+def _decode(rows: list[tuple[int, bytes, int]], dim: int) -> tuple[Int64, Float32]:
+    for chunk_id, blob, stored in rows:
         if not isinstance(blob, bytes) or len(blob) != 4 * dim:
             raise CorruptStoreError(f"vectors: chunk {chunk_id} has not {4 * dim} bytes: index its document again")
-    ids = np.array([chunk_id for chunk_id, _ in rows], dtype=np.int64)
-    values = np.frombuffer(b"".join(blob for _, blob in rows), dtype="<f4").reshape(-1, dim)
+        check(stored, f"the vector of chunk {chunk_id}", chunk_id, blob)
+    ids = np.array([chunk_id for chunk_id, _, _ in rows], dtype=np.int64)
+    values = np.frombuffer(b"".join(blob for _, blob, _ in rows), dtype="<f4").reshape(-1, dim)
     lengths = _lengths(values)
     bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
     if bad.size:
@@ -101,24 +106,21 @@ class ExactIndex:
     def __init__(self, dim: int, *, after: int = 0) -> None:
         self.dim = dim
         self.after = after
-        self._clear()
-
-    def _clear(self) -> None:
         self.ids: Int64 = np.empty(0, np.int64)  # [n]
         self.rows: Float32 = np.empty((0, self.dim), np.float32)  # [n, D]
 
     def refresh(self, connection: sqlite3.Connection) -> None:
-        """Follow the database. New chunks are appended; if any of ours is gone, all are read again.
+        """Follow the database: rows whose chunk is gone are dropped, new chunks are read and appended.
 
         Ids are never reused, so our ids can only have become fewer: comparing the counts is enough.
         """
         last = int(self.ids[-1]) if self.ids.size else self.after
-        (live,) = connection.execute(
-            "SELECT count(*) FROM chunks WHERE id > ? AND id <= ?", (self.after, last)
-        ).fetchone()
+        span = (self.after, last)
+        (live,) = connection.execute("SELECT count(*) FROM chunks WHERE id > ? AND id <= ?", span).fetchone()
         if live != self.ids.size:
-            self._clear()
-            last = self.after
+            rows = connection.execute("SELECT id FROM chunks WHERE id > ? AND id <= ?", span).fetchall()
+            kept = np.isin(self.ids, np.array([chunk_id for (chunk_id,) in rows], dtype=np.int64))
+            self.ids, self.rows = self.ids[kept], self.rows[kept]
         batches = list(read_vectors(connection, after=last, dim=self.dim))
         if batches:
             self.ids = np.concatenate([self.ids, *(ids for ids, _ in batches)])

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..errors import CorruptStoreError, FormatVersionError, ReadOnlyError, StoreError
 from .files import publish
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _APPLICATION_ID = 0x716C6F72
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _META_KEYS = {
@@ -32,10 +32,13 @@ _META_KEYS = {
     "metric",
     "chunk_size",
     "chunk_overlap",
+    "counter",
+    "documents",
+    "chunks",
     "change_seq",
     "index_sha256",
 }
-_TABLES = {"meta", "documents", "chunks", "vectors"}
+_TABLES = {"meta", "documents", "texts", "chunks", "vectors"}
 _RESTORE = "restore it from a copy, or index the documents again into another folder"
 
 
@@ -60,17 +63,25 @@ def check_nothing_lost(path: Path, *leftovers: str) -> None:
             raise CorruptStoreError(f"{path}: missing, but {leftover.name} is there: {_RESTORE}")
 
 
-def create_database(path: Path, *, embedder_id: str, chunk_size: int, chunk_overlap: int) -> None:
+def create_database(path: Path, *, embedder_id: str, chunk_size: int, chunk_overlap: int, counter: str) -> None:
     """Write an empty store under a temporary name and publish it: `path` never exists half-made."""
+    settings = {"embedder_id": embedder_id, "chunk_size": chunk_size, "chunk_overlap": chunk_overlap}
+    with building(path, **settings, counter=counter):
+        pass
+
+
+@contextmanager
+def building(path: Path, **settings: object) -> Iterator[sqlite3.Connection]:
+    """An empty store under a temporary name, to be filled; it becomes `path` when the block ends without an error."""
     meta = {
         "format_version": FORMAT_VERSION,
-        "embedder_id": embedder_id,
         "dim": "",
         "metric": "cosine",
-        "chunk_size": chunk_size,
-        "chunk_overlap": chunk_overlap,
+        "documents": 0,
+        "chunks": 0,
         "change_seq": 0,
         "index_sha256": "",
+        **settings,
     }
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # left by a process that died here; we hold the writer's lock
@@ -79,6 +90,7 @@ def create_database(path: Path, *, embedder_id: str, chunk_size: int, chunk_over
         try:
             connection.executescript(Path(__file__).with_name("schema.sql").read_text(encoding="utf-8"))
             connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in meta.items()])
+            yield connection
             connection.execute("PRAGMA journal_mode = WAL")  # is remembered in the file
         finally:
             connection.close()
@@ -113,6 +125,15 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
     return connection, meta, immutable
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there now: another one after the file was removed or replaced. None: there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def signature(path: Path) -> tuple[int, ...]:
     """Changes when the database file, or its WAL, is written or replaced."""
     status = path.stat()
@@ -138,6 +159,8 @@ def translated_errors(path: Path) -> Iterator[None]:
     """SQLite's errors as this room's, with the file's name and what to do."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise CorruptStoreError(f"{path}: damaged (a text is not UTF-8): {_RESTORE}") from error
     except sqlite3.Error as error:
         text = str(error)
         # SQLITE_CORRUPT and SQLITE_NOTADB arrive as the bare class (error codes exist only from Python 3.11
@@ -182,6 +205,10 @@ def _check_contents(path: Path, connection: sqlite3.Connection) -> dict[str, str
     if application_id != _APPLICATION_ID or "meta" not in tables:
         raise CorruptStoreError(f"{path}: a SQLite database, but not a store of this library: choose another folder")
     meta: dict[str, str] = dict(connection.execute("SELECT key, value FROM meta"))
+    if meta.get("format_version") == "1":
+        raise FormatVersionError(
+            f"{path}: format_version=1, this code reads {FORMAT_VERSION}: open it for writing once, which upgrades it"
+        )
     if meta.get("format_version") != str(FORMAT_VERSION):
         raise FormatVersionError(
             f"{path}: format_version={meta.get('format_version')}, this code reads {FORMAT_VERSION}: "
@@ -190,9 +217,13 @@ def _check_contents(path: Path, connection: sqlite3.Connection) -> dict[str, str
     missing = sorted((_META_KEYS - meta.keys()) | (_TABLES - tables))
     if missing:
         raise CorruptStoreError(f"{path}: {', '.join(missing)} missing: {_RESTORE}")
-    for key in ("dim", "chunk_size", "chunk_overlap", "change_seq"):
+    for key in ("dim", "chunk_size", "chunk_overlap", "documents", "chunks", "change_seq"):
         if not (meta[key].isdecimal() or (key == "dim" and meta[key] == "")):
             raise CorruptStoreError(f"{path}: meta {key}={meta[key]!r}, wanted a number: {_RESTORE}")
+    for table in ("documents", "chunks"):
+        (there,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        if there != int(meta[table]):
+            raise CorruptStoreError(f"{path}: {there} rows of {table}, wanted {meta[table]}: {_RESTORE}")
     return meta
 
 

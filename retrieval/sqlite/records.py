@@ -9,6 +9,7 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from ..documents.read import Document
 from ..errors import CorruptStoreError, DocumentError
 from ..splitter import Chunk
+from .checksums import check, checksum
+
+PART = 16_384  # code points of a document's text in one row
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class AddReport:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a store holds; `dim` is None until the first vector, `bytes` is the size of store.sqlite3."""
+    """What a store holds; `dim` is None until the first vector, `bytes` is the size of all files in its folder."""
 
     documents: int
     chunks: int
@@ -53,6 +57,7 @@ class Stats:
     embedder_id: str
     chunk_size: int
     chunk_overlap: int
+    counter: str
     format_version: int
     bytes: int
 
@@ -75,65 +80,139 @@ def read_sha256(db: sqlite3.Connection, uri: str) -> str | None:
 
 
 def write_document(
-    db: sqlite3.Connection, document: Document, metadata: str, chunks: Sequence[Chunk], vectors: NDArray[np.float32]
+    db: sqlite3.Connection,
+    document: Document,
+    metadata: str,
+    chunks: Sequence[Chunk],
+    vectors: NDArray[np.float32],
+    *,
+    ids: Sequence[int] | None = None,
 ) -> bool:
-    """Write a document with its chunks and vectors [len(chunks), D]; True if it replaced one of the same
-    uri.
+    """Write a document with its chunks and vectors [len(chunks), D]; True if it replaced one of the same uri.
+
+    ids: of the chunks, where they are not to be new ones.
     """
     replaced = delete_document(db, document.uri)
+    row = (document.uri, document.sha256, metadata, len(document.text))
     document_id = db.execute(
-        "INSERT INTO documents (uri, sha256, text, metadata) VALUES (?, ?, ?, ?)",
-        (document.uri, document.sha256, document.text, metadata),
+        "INSERT INTO documents (uri, sha256, metadata, characters, checksum) VALUES (?, ?, ?, ?, ?)",
+        (*row, checksum(*row)),
     ).lastrowid
+    assert document_id is not None
+    for part, start in enumerate(range(0, len(document.text), PART)):
+        text = document.text[start : start + PART]
+        db.execute(
+            "INSERT INTO texts VALUES (?, ?, ?, ?)", (document_id, part, text, checksum(document_id, part, text))
+        )
     for ordinal, (chunk, vector) in enumerate(zip(chunks, vectors.astype("<f4", copy=False), strict=True)):
+        span = (document_id, ordinal, chunk.start, chunk.end)
         chunk_id = db.execute(
-            "INSERT INTO chunks (document_id, ordinal, start_char, end_char) VALUES (?, ?, ?, ?)",
-            (document_id, ordinal, chunk.start, chunk.end),
+            "INSERT INTO chunks (id, document_id, ordinal, start_char, end_char, checksum) VALUES (?, ?, ?, ?, ?, ?)",
+            (None if ids is None else ids[ordinal], *span, checksum(*span)),
         ).lastrowid
-        db.execute("INSERT INTO vectors (chunk_id, vector) VALUES (?, ?)", (chunk_id, vector.tobytes()))
+        assert chunk_id is not None
+        blob = vector.tobytes()
+        db.execute("INSERT INTO vectors VALUES (?, ?, ?)", (chunk_id, blob, checksum(chunk_id, blob)))
+    _count(db, documents=1, chunks=len(chunks))
     return replaced
 
 
 def write_metadata(db: sqlite3.Connection, uri: str, metadata: str) -> bool:
     """Replace a document's metadata; False if it was the same already."""
-    cursor = db.execute("UPDATE documents SET metadata = ? WHERE uri = ? AND metadata <> ?", (metadata, uri, metadata))
-    return cursor.rowcount > 0
+    row = _document_row(db, "uri = ?", uri)
+    if row is None or row.metadata == metadata:
+        return False
+    values = (uri, row.sha256, metadata, row.characters)
+    db.execute("UPDATE documents SET metadata = ?, checksum = ? WHERE id = ?", (metadata, checksum(*values), row.id))
+    return True
 
 
 def delete_document(db: sqlite3.Connection, uri: str) -> bool:
     """Delete a document; its chunks and vectors go with it by the foreign keys. False if there was none."""
-    return db.execute("DELETE FROM documents WHERE uri = ?", (uri,)).rowcount > 0
+    row = db.execute("SELECT id FROM documents WHERE uri = ?", (uri,)).fetchone()
+    if row is None:
+        return False
+    (chunks,) = db.execute("SELECT count(*) FROM chunks WHERE document_id = ?", row).fetchone()
+    db.execute("DELETE FROM documents WHERE id = ?", row)
+    _count(db, documents=-1, chunks=-chunks)
+    return True
+
+
+def _count(db: sqlite3.Connection, **changes: int) -> None:
+    for key, change in changes.items():
+        db.execute("UPDATE meta SET value = CAST(value AS INTEGER) + ? WHERE key = ?", (change, key))
+
+
+class _DocumentRow(NamedTuple):
+    id: int
+    uri: str
+    sha256: str
+    metadata: str
+    characters: int
+
+
+def _document_row(db: sqlite3.Connection, condition: str, value: str | int) -> _DocumentRow | None:
+    """A row of documents, its checksum seen to be right."""
+    columns = "id, uri, sha256, metadata, characters, checksum"
+    found = db.execute(f"SELECT {columns} FROM documents WHERE {condition}", (value,)).fetchone()
+    if found is None:
+        return None
+    *row, stored = found
+    check(stored, f"document {row[1]!a}", *row[1:])
+    return _DocumentRow(*row)
+
+
+def _read_part(db: sqlite3.Connection, row: _DocumentRow, part: int) -> str:
+    found = db.execute("SELECT text, checksum FROM texts WHERE document_id = ? AND part = ?", (row.id, part)).fetchone()
+    text, stored = found or ("", None)
+    check(stored, f"the text of document {row.uri!a}", row.id, part, text)
+    return str(text)
 
 
 def load_document(db: sqlite3.Connection, uri: str) -> Document | None:
-    """The document of that name, or None."""
-    row = db.execute("SELECT uri, text, sha256, metadata FROM documents WHERE uri = ?", (uri,)).fetchone()
-    return None if row is None else Document(row[0], row[1], row[2], json.loads(row[3]))
+    """The document of that name, or None.
+
+    Raises CorruptStoreError: it is damaged.
+    """
+    row = _document_row(db, "uri = ?", uri)
+    if row is None:
+        return None
+    text = "".join(_read_part(db, row, part) for part in range(-(-row.characters // PART)))
+    return Document(row.uri, text, row.sha256, json.loads(row.metadata))
 
 
 def load_hits(db: sqlite3.Connection, found: Sequence[tuple[int, float]]) -> list[Hit]:
-    """Hits for (chunk id, score) pairs, in their order; each document's text is read once.
+    """Hits for (chunk id, score) pairs, in their order; of a document only the parts that they lie in are read.
 
-    Raises CorruptStoreError: a vector without a chunk, or a span outside of its document.
+    Raises CorruptStoreError: a vector without a chunk, a span outside of its document, or a damaged row.
     """
-    documents: dict[int, tuple[str, str, str, dict[str, object]]] = {}
+    documents: dict[int, _DocumentRow] = {}
+    parts: dict[tuple[int, int], str] = {}
     hits = []
     for chunk_id, score in found:
-        span = db.execute("SELECT document_id, start_char, end_char FROM chunks WHERE id = ?", (chunk_id,)).fetchone()
+        columns = "document_id, ordinal, start_char, end_char, checksum"
+        span = db.execute(f"SELECT {columns} FROM chunks WHERE id = ?", (chunk_id,)).fetchone()
         if span is None:
             raise CorruptStoreError(f"vectors: chunk {chunk_id} is in no document: index the documents again")
-        document_id, start, end = span
+        document_id, ordinal, start, end, stored = span
+        check(stored, f"chunk {chunk_id}", document_id, ordinal, start, end)
         if document_id not in documents:
-            row = db.execute(
-                "SELECT uri, sha256, text, metadata FROM documents WHERE id = ?", (document_id,)
-            ).fetchone()
+            row = _document_row(db, "id = ?", document_id)
             if row is None:
                 raise CorruptStoreError(f"chunks: chunk {chunk_id} has no document: index the documents again")
-            documents[document_id] = (row[0], row[1], row[2], json.loads(row[3]))
-        uri, sha256, text, metadata = documents[document_id]
-        if end > len(text):
-            raise CorruptStoreError(f"{uri}: chunk {chunk_id} ends at {end} of {len(text)}: index the document again")
-        hits.append(Hit(text[start:end], score, uri, start, end, sha256, metadata, chunk_id))
+            documents[document_id] = row
+        row = documents[document_id]
+        if end > row.characters:
+            raise CorruptStoreError(
+                f"{row.uri}: chunk {chunk_id} ends at {end} of {row.characters}: index the document again"
+            )
+        first, last = start // PART, (end - 1) // PART
+        for part in range(first, last + 1):
+            if (document_id, part) not in parts:
+                parts[document_id, part] = _read_part(db, row, part)
+        joined = "".join(parts[document_id, part] for part in range(first, last + 1))
+        text = joined[start - first * PART : end - first * PART]
+        hits.append(Hit(text, score, row.uri, start, end, row.sha256, json.loads(row.metadata), chunk_id))
     return hits
 
 
@@ -149,7 +228,7 @@ def read_uris(db: sqlite3.Connection) -> list[str]:
 
 
 def read_stats(db: sqlite3.Connection, size: int) -> Stats:
-    """Counts and settings; `size` is the file's size in bytes."""
+    """Counts and settings; `size` is the size of the store's files in bytes."""
     meta = dict(db.execute("SELECT key, value FROM meta"))
     (documents,) = db.execute("SELECT count(*) FROM documents").fetchone()
     (chunks,) = db.execute("SELECT count(*) FROM chunks").fetchone()
@@ -161,6 +240,7 @@ def read_stats(db: sqlite3.Connection, size: int) -> Stats:
         embedder_id=meta["embedder_id"],
         chunk_size=int(meta["chunk_size"]),
         chunk_overlap=int(meta["chunk_overlap"]),
+        counter=meta["counter"],
         format_version=int(meta["format_version"]),
         bytes=size,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from qlorag.retrieval import CorruptStoreError, Document, EmbedderError, Store
 from qlorag.retrieval.index import exact
+from qlorag.retrieval.sqlite.checksums import checksum
 
 D = 384
 
@@ -44,11 +45,12 @@ def stored(*rows: tuple[int, object]) -> sqlite3.Connection:
     """The two tables that exact search reads, with these vectors (float32 lists, or any value as it is)."""
     db = sqlite3.connect(":memory:")
     db.execute("CREATE TABLE chunks (id INTEGER PRIMARY KEY)")
-    db.execute("CREATE TABLE vectors (chunk_id INTEGER PRIMARY KEY, vector)")
+    db.execute("CREATE TABLE vectors (chunk_id INTEGER PRIMARY KEY, vector, checksum)")
     for chunk_id, vector in rows:
         blob = np.array(vector, "<f4").tobytes() if isinstance(vector, list) else vector
         db.execute("INSERT INTO chunks VALUES (?)", (chunk_id,))
-        db.execute("INSERT INTO vectors VALUES (?, ?)", (chunk_id, blob))
+        check = checksum(chunk_id, blob) if isinstance(blob, bytes) else 0
+        db.execute("INSERT INTO vectors VALUES (?, ?, ?)", (chunk_id, blob, check))
     return db
 
 
@@ -136,6 +138,27 @@ def test_a_damaged_vector_is_named(vector, message):
         assert str(error.value) == message
 
 
+def test_one_changed_bit_of_a_vector_is_named():
+    db = stored((1, [1.0, 0.0]), (2, [1.0, 1.0]))
+    db.execute("UPDATE vectors SET vector = ? WHERE chunk_id = 2", (np.array([1, 1.0000001], "<f4").tobytes(),))
+    for read in (lambda: list(exact.read_vectors(db, after=0, dim=2)),
+                 lambda: exact.read_chosen(db, np.array([1, 2]), dim=2)):  # fmt: skip
+        with pytest.raises(CorruptStoreError, match=r"^the vector of chunk 2: damaged on the disk"):
+            read()
+
+
+def test_after_a_deletion_no_vector_is_read_again():
+    db = stored(*((i, [float(i), 1.0]) for i in range(1, 9)))
+    index = exact.ExactIndex(2)
+    index.refresh(db)
+    db.execute("DELETE FROM chunks WHERE id IN (1, 4)")
+    db.execute("DELETE FROM vectors WHERE chunk_id IN (1, 4)")
+    db.execute("UPDATE vectors SET vector = 'unread' WHERE chunk_id < 8")
+    index.refresh(db)
+    assert index.ids.tolist() == [2, 3, 5, 6, 7, 8]
+    np.testing.assert_allclose(index.rows[:, 0] / index.rows[:, 1], index.ids, rtol=1e-6)
+
+
 def test_the_index_follows_the_database():
     db = stored((3, [1.0, 0.0]), (5, [0.0, 1.0]))
     whole, tail = exact.ExactIndex(2), exact.ExactIndex(2, after=3)
@@ -150,7 +173,8 @@ def test_the_index_follows_the_database():
     assert both() == both() == [[3, 5], [5]]
     first = whole.rows
     db.execute("INSERT INTO chunks VALUES (6)")
-    db.execute("INSERT INTO vectors VALUES (6, ?)", (np.array([2, 0], "<f4").tobytes(),))
+    blob = np.array([2, 0], "<f4").tobytes()
+    db.execute("INSERT INTO vectors VALUES (6, ?, ?)", (blob, checksum(6, blob)))
     assert both() == [[3, 5, 6], [5, 6]]
     assert whole.rows.tolist() == [[1, 0], [0, 1], [1, 0]] and first.shape == (2, 2)  # appended to a copy
     db.execute("DELETE FROM chunks WHERE id = 3")

@@ -14,12 +14,16 @@ from qlorag.retrieval.sqlite.database import create_database, open_database
 
 CATS = Document("cats.md", "Cats sleep. Cats hunt.", metadata={"by": "me", "n": [1, None]})
 CHUNKS = [Chunk("Cats sleep.", 0, 11), Chunk("Cats hunt.", 12, 22)]
+DAMAGED = (
+    "damaged on the disk, its checksum differs: restore the store from a copy, or index the documents again into "
+    "another folder"
+)
 VECTORS = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 
 
 @pytest.fixture
 def db(tmp_path: Path) -> Iterator[sqlite3.Connection]:
-    create_database(tmp_path / "store.sqlite3", embedder_id="words", chunk_size=7, chunk_overlap=2)
+    create_database(tmp_path / "store.sqlite3", embedder_id="words", chunk_size=7, chunk_overlap=2, counter="words")
     connection, _, _ = open_database(tmp_path / "store.sqlite3", read_only=False)
     yield connection
     connection.close()
@@ -33,11 +37,12 @@ def rows(db: sqlite3.Connection, query: str) -> list[tuple[object, ...]]:
     return db.execute(query).fetchall()
 
 
-def test_a_document_is_three_kinds_of_rows(db: sqlite3.Connection) -> None:
+def test_a_document_is_four_kinds_of_rows(db: sqlite3.Connection) -> None:
     assert write(db) is False
-    assert rows(db, "SELECT id, uri, sha256, text, metadata FROM documents") == [
-        (1, "cats.md", CATS.sha256, CATS.text, '{"by": "me", "n": [1, null]}')
+    assert rows(db, "SELECT id, uri, sha256, metadata, characters FROM documents") == [
+        (1, "cats.md", CATS.sha256, '{"by": "me", "n": [1, null]}', 22)
     ]
+    assert rows(db, "SELECT document_id, part, text FROM texts") == [(1, 0, CATS.text)]
     assert rows(db, "SELECT id, document_id, ordinal, start_char, end_char FROM chunks") == [
         (1, 1, 0, 0, 11),
         (2, 1, 1, 12, 22),
@@ -67,7 +72,8 @@ def test_deleting_takes_chunks_and_vectors_along(db: sqlite3.Connection) -> None
     write(db)
     assert records.delete_document(db, "dogs.md") is False
     assert records.delete_document(db, "cats.md") is True
-    assert rows(db, "SELECT * FROM chunks") == rows(db, "SELECT * FROM vectors") == []
+    assert [rows(db, f"SELECT * FROM {table}") for table in ("texts", "chunks", "vectors")] == [[], [], []]
+    assert rows(db, "SELECT value FROM meta WHERE key IN ('documents', 'chunks')") == [("0",), ("0",)]
     assert records.delete_document(db, "cats.md") is False
 
 
@@ -113,7 +119,8 @@ def test_hits_are_spans_of_their_documents_in_the_order_asked(db: sqlite3.Connec
         ("dogs.md", "Cats sleep.", 0.5, 3),
         ("cats.md", "Cats sleep.", 0.1, 1),
     ]
-    assert sum("FROM documents" in statement for statement in asked) == 2  # each text is read once
+    assert sum("FROM documents" in statement for statement in asked) == 2  # each document is read once
+    assert sum("FROM texts" in statement for statement in asked) == 2
     assert records.load_hits(db, []) == []
 
 
@@ -122,8 +129,11 @@ def test_hits_are_spans_of_their_documents_in_the_order_asked(db: sqlite3.Connec
     [
         ("DELETE FROM chunks WHERE id = 2", "vectors: chunk 2 is in no document: index the documents again"),
         ("DELETE FROM documents", "chunks: chunk 2 has no document: index the documents again"),
-        ("UPDATE documents SET text = 'Cats sleep. Cats hunt'",
-         "cats.md: chunk 2 ends at 22 of 21: index the document again"),
+        ("UPDATE texts SET text = 'Cats sleep. Cats hum'", f"the text of document 'cats.md': {DAMAGED}"),
+        ("DELETE FROM texts", f"the text of document 'cats.md': {DAMAGED}"),
+        ("UPDATE documents SET uri = 'bats.md'", f"document 'bats.md': {DAMAGED}"),
+        ("UPDATE documents SET metadata = '{}'", f"document 'cats.md': {DAMAGED}"),
+        ("UPDATE chunks SET end_char = 21 WHERE id = 2", f"chunk 2: {DAMAGED}"),
     ],
 )  # fmt: skip
 def test_rows_that_contradict_each_other_are_named(db: sqlite3.Connection, damage: str, message: str) -> None:
@@ -133,6 +143,24 @@ def test_rows_that_contradict_each_other_are_named(db: sqlite3.Connection, damag
     with pytest.raises(CorruptStoreError) as error:
         records.load_hits(db, [(2, 0.9)])
     assert str(error.value) == message
+
+
+def test_a_hit_reads_the_part_of_the_text_that_it_lies_in(db: sqlite3.Connection) -> None:
+    text = "".join(chr(0x4E00 + i % 5000) for i in range(3 * records.PART + 5))
+    ends = [(0, 3), (records.PART - 2, records.PART + 2), (3 * records.PART, 3 * records.PART + 5)]
+    chunks = [Chunk(text[a:b], a, b) for a, b in ends]
+    records.write_document(db, Document("long.md", text), "{}", chunks, np.ones((3, 3), np.float32))
+    asked: list[str] = []
+    db.set_trace_callback(asked.append)
+    assert [hit.text for hit in records.load_hits(db, [(1, 0.9), (2, 0.8), (3, 0.7)])] == [c.text for c in chunks]
+    db.set_trace_callback(None)
+    assert [s.partition("part = ")[2] for s in asked if "FROM texts" in s] == ["0", "1", "3"]  # 0 was read already
+    document = records.load_document(db, "long.md")
+    assert document is not None and document.text == text
+    db.execute("UPDATE texts SET text = 'x' WHERE part = 2")
+    assert records.load_hits(db, [(3, 0.7)])[0].text == chunks[2].text  # damage elsewhere does not cost this hit
+    with pytest.raises(CorruptStoreError, match=r"the text of document 'long\.md'"):
+        records.load_document(db, "long.md")
 
 
 def test_counts_and_settings(db: sqlite3.Connection) -> None:
@@ -149,6 +177,7 @@ def test_counts_and_settings(db: sqlite3.Connection) -> None:
         embedder_id="words",
         chunk_size=7,
         chunk_overlap=2,
-        format_version=1,
+        counter="words",
+        format_version=2,
         bytes=4096,
     )

@@ -25,6 +25,7 @@ from qlorag.retrieval import (
     Store,
     StoreError,
     StoreNotFoundError,
+    count_words,
 )
 
 CATS = Document("cats.md", "Cats sleep all day.\n\nCats hunt mice at night.", metadata={"by": "me", "n": [1, None]})
@@ -494,9 +495,9 @@ def edit(path, statement: str) -> None:
     ("statement", "kind", "message"),
     [
         (
-            "UPDATE meta SET value = '2' WHERE key = 'format_version'",
+            "UPDATE meta SET value = '3' WHERE key = 'format_version'",
             FormatVersionError,
-            "format_version=2, .* reads 1",
+            "format_version=3, .* reads 2",
         ),
         ("DELETE FROM meta WHERE key = 'embedder_id'", CorruptStoreError, "embedder_id missing"),
         ("UPDATE meta SET value = 'many' WHERE key = 'chunk_size'", CorruptStoreError, "chunk_size='many'"),
@@ -516,17 +517,18 @@ def test_databases_of_another_kind(open_store, tmp_path, statement, kind, messag
     ("statement", "message"),
     [
         ("UPDATE vectors SET vector = x'00'", "chunk 1 has not 256 bytes"),
-        ("UPDATE vectors SET vector = zeroblob(256)", "NaN, inf or zeros"),
-        ("UPDATE chunks SET end_char = 10000", "ends at 10000 of 31"),
-        ("DELETE FROM chunks", "in no document"),
-        ("DELETE FROM documents", "has no document"),
+        ("UPDATE vectors SET vector = zeroblob(256)", "the vector of chunk 1: damaged"),
+        ("UPDATE chunks SET end_char = 10000", "chunk 1: damaged"),
+        ("UPDATE texts SET text = 'x'", "the text of document 'paris.md': damaged"),
+        ("DELETE FROM chunks", "0 rows of chunks, wanted 1"),
+        ("DELETE FROM documents", "0 rows of documents, wanted 1"),
     ],
 )
 def test_rows_that_contradict_each_other(open_store, tmp_path, statement, message):
     with open_store() as store:
         store.add([PARIS])
     edit(tmp_path / "store" / "store.sqlite3", statement)  # this connection enforces no foreign keys
-    with open_store() as store, pytest.raises(CorruptStoreError, match=message):
+    with pytest.raises(CorruptStoreError, match=message), open_store() as store:
         store.search("Paris")
 
 
@@ -551,7 +553,7 @@ def test_stats_and_schema_are_what_they_say(open_store, tmp_path):
         8,
         2,
     )
-    assert stats.format_version == 1 and stats.bytes > 0
+    assert stats.format_version == 2 and stats.bytes > 0
     connection = sqlite3.connect(tmp_path / "store" / "store.sqlite3")
     (synchronous_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     ((blob,),) = connection.execute("SELECT vector FROM vectors WHERE chunk_id = 1").fetchall()
@@ -565,3 +567,99 @@ def test_commits_are_durable(open_store):
     with open_store() as store:
         assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
         assert isinstance(store, Store)
+
+
+class Reader:
+    """An embedder that counts characters as tokens and reads 20 of them."""
+
+    window = 20
+
+    def count_tokens(self, texts):
+        return [len(text) for text in texts]
+
+    def encode(self, texts):
+        assert max(len(text) for text in texts) <= self.window
+        return np.array([[len(text), text.count("a") + 1.0] for text in texts], np.float32)
+
+
+def test_an_embedder_brings_its_own_counter_and_window(tmp_path):
+    text = "A sentence of words. And another one here. " * 5
+    with Store.open(tmp_path / "s", embedder=Reader().encode, embedder_id="r") as store:
+        store.add([Document("a", text)])
+        stats = store.stats()
+        assert (stats.chunk_size, stats.counter) == (20, "Reader")
+        assert max(len(hit.text) for hit in store.search("words", k=99)) <= 20
+    with pytest.raises(EmbedderMismatchError, match="counter=Reader in the store, words given"):
+        Store.open(tmp_path / "s", embedder=Reader().encode, embedder_id="r", count_tokens=count_words)
+    with Store.open(
+        tmp_path / "s", embedder=lambda texts: Reader().encode(texts), embedder_id="r", read_only=True
+    ) as store:
+        assert store.search("words", k=1)  # a reader splits nothing
+
+
+def test_a_chunk_longer_than_the_window_is_impossible(tmp_path):
+    with pytest.raises(EmbedderError, match="chunk_size=21: the embedder reads 20 tokens"):
+        Store.open(tmp_path / "s", embedder=Reader().encode, embedder_id="r", chunk_size=21)
+    assert not (tmp_path / "s" / "store.sqlite3").exists()
+    narrow = Reader()
+    narrow.window = 10
+    Store.open(tmp_path / "s", embedder=Reader().encode, embedder_id="r").close()
+    with pytest.raises(EmbedderError, match="chunk_size=20: the embedder reads 10 tokens"):
+        Store.open(tmp_path / "s", embedder=narrow.encode, embedder_id="r")
+
+
+@pytest.mark.model
+def test_an_encoder_as_an_embedder_reads_every_chunk_whole(tmp_path, minilm_dir):
+    from qlorag.models import load_encoder
+
+    encoder = load_encoder(minilm_dir)
+    with Store.open(tmp_path / "s", embedder=encoder.encode, embedder_id=encoder.fingerprint) as store:
+        store.add([Document("a", "Unbelievably counterintuitive antidisestablishmentarianism. " * 60)])
+        stats = store.stats()
+        assert (stats.chunk_size, stats.counter) == (encoder.window, "Encoder") == (254, "Encoder")
+        longest = max(encoder.count_tokens([hit.text for hit in store.search("long", k=99)]))
+    assert 200 < longest <= 254
+
+
+def test_a_database_that_is_removed_while_open_acknowledges_nothing(open_store, tmp_path):
+    with open_store() as store:
+        store.add([PARIS])
+        for path in (tmp_path / "store").glob("store.sqlite3*"):
+            path.unlink()
+        for call in (lambda: store.add([CATS]), lambda: store.search("Paris"), lambda: store.delete(PARIS.uri)):
+            with pytest.raises(StoreError, match=r"store\.sqlite3: removed while this store had it open"):
+                call()
+
+
+def test_a_database_that_is_replaced_while_open(open_store, tmp_path):
+    with open_store() as store:
+        store.add([PARIS])
+    reader = open_store(read_only=True)
+    assert reader.search("Paris", k=1)[0].uri == PARIS.uri
+    writer = open_store()
+    shutil.rmtree(tmp_path / "store")
+    with open_store() as anew:
+        anew.add([CATS])
+        with pytest.raises(StoreError, match="replaced by another file"):
+            writer.add([CYPRUS])
+        assert anew.uris() == [CATS.uri]
+    assert reader.search("Paris", k=1)[0].uri == CATS.uri  # the file that is there now
+    reader.close()
+    writer.close()
+
+
+def test_a_replaced_database_of_another_embedder_is_refused(open_store, tmp_path):
+    with open_store() as store:
+        store.add([PARIS])
+    with open_store(read_only=True) as reader:
+        shutil.rmtree(tmp_path / "store")
+        Store.open(tmp_path / "store", embedder=Reader().encode, embedder_id="another").close()
+        with pytest.raises(EmbedderMismatchError):
+            reader.search("Paris")
+
+
+def test_bytes_are_those_of_all_files(open_store, tmp_path):
+    with open_store() as store:
+        store.add([Document(f"d{i}", "word " * 2000) for i in range(20)])
+        there = sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
+        assert store.stats().bytes == there > (tmp_path / "store" / "store.sqlite3").stat().st_size

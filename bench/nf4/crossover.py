@@ -17,7 +17,7 @@ import torch
 from harness.timing import check_products, interleave
 from nf4.products import CPU, Weight, normal_x
 from qlorag.kernels import nf4
-from qlorag.kernels.native.level import LEVELS, levels_up_to
+from qlorag.kernels.native.isa import ISAS, isas_up_to
 from qlorag.kernels.nf4 import cpu
 from qlorag.kernels.nf4.products import FUSED_ROWS, FUSED_ROWS_AT
 from torch import Tensor
@@ -32,9 +32,9 @@ MKL = {"avx2": "AVX2"}  # and MKL, which multiplies float32
 
 def variants() -> list[tuple[str, str, Mapping[str, str]]]:
     """The level, the dtype and the variables of each process: all that this processor can run."""
-    best = cpu.best_level()
-    found: list[tuple[str, str, Mapping[str, str]]] = [(LEVELS[best], dtype, {}) for dtype in DTYPES]
-    for level in reversed(levels_up_to(best)[:-1]):
+    best = cpu.best_isa()
+    found: list[tuple[str, str, Mapping[str, str]]] = [(ISAS[best], dtype, {}) for dtype in DTYPES]
+    for level in reversed(isas_up_to(best)[:-1]):
         if level in GEMM:
             held = {"QLORAG_CPU_LEVEL": level, "ONEDNN_MAX_CPU_ISA": GEMM[level]}
             held |= {"MKL_ENABLE_INSTRUCTIONS": MKL[level]} if level in MKL else {}

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..dispatch import kept
+from ..dispatch import cached_unless_traced
 from .errors import QuantizationError
 
 Kind = Literal["nf4", "fp4"]
@@ -112,13 +112,13 @@ def midpoints(values: list[float]) -> list[float]:
     return [_f32(_f32(a + b) / 2) for a, b in pairwise(values)]
 
 
-@kept
+@cached_unless_traced
 def table(kind: Kind, device: torch.device) -> Tensor:
     """float32 [16] on `device`; shared, so never write to it."""
     return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
 
 
-@kept
+@cached_unless_traced
 def thresholds(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
     """(float32 [15] ascending thresholds, uint8 [16] code of each interval) on `device`."""
     values, codes = ascending(kind)
@@ -141,7 +141,7 @@ def bucket_of(x: float, count: int) -> int:
     return round(x * (2 * count - 4)) + 2 >> 2  # an exact product in float64, and `round` takes ties to even
 
 
-@kept
+@cached_unless_traced
 def buckets(kind: Kind, device: torch.device) -> Tensor:
     """int32 [2, BUCKETS[kind]] on `device`: how a bucket, by its number modulo BUCKETS[kind], leads to a place.
 
@@ -158,13 +158,13 @@ def buckets(kind: Kind, device: torch.device) -> Tensor:
     return torch.stack([threshold.view(torch.int32), torch.tensor(below, dtype=torch.int32, device=device)])
 
 
-@kept
+@cached_unless_traced
 def dynamic_table(device: torch.device) -> Tensor:
     """float32 [256], the 8-bit dynamic map, ascending."""
     return torch.tensor(DYNAMIC, dtype=torch.float32, device=device)
 
 
-@kept
+@cached_unless_traced
 def dynamic_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: the code of each point of an even grid over [-1, 1] (see reference.quantize_absmax)."""
     return torch.from_numpy(grid_codes()).to(device, copy=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import is_traced, without_autocast
-from ..native import LEVELS
+from ..native import ISAS
 from . import cpu, gpu, scratch
 from .backends import choose_backend, why_not_c
 from .checks import Packed, check_bias, check_packed, check_x
@@ -202,8 +202,8 @@ def fused_rows(dtype: torch.dtype, device: torch.device) -> int:
     """Up to how many rows of x `matmul` multiplies W without decoding it first."""
     if device.type == "cuda":
         return GPU_FUSED_ROWS.get(dtype, 0)
-    at_level = {} if why_not_c(device, torch.float32) else FUSED_ROWS_AT.get(LEVELS[cpu.level()], {})
-    return at_level.get(dtype, FUSED_ROWS.get(dtype, 0))
+    here = {} if why_not_c(device, torch.float32) else FUSED_ROWS_AT.get(ISAS[cpu.isa()], {})
+    return here.get(dtype, FUSED_ROWS.get(dtype, 0))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

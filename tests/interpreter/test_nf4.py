@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, QuantizationError, codebook, gpu
+from qlorag.kernels.nf4.gpu import launches
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
@@ -185,7 +186,7 @@ def test_what_is_not_finite_reaches_its_own_results_only():
 
 def test_splits_are_added_in_order_and_cover_everything(monkeypatch):
     """A long K over few rows of W, as a decoding step has it: many programs share one row."""
-    monkeypatch.setattr(gpu, "processors", lambda device: 132)
+    monkeypatch.setattr(launches, "processors", lambda device: 132)
     w = packed_weight(8, 16384)
     plan = gpu.plan_forward(1, 8, 16384, 64, torch.float32, 132)
     assert plan.splits == 4 and plan.per_split * plan.splits >= 256

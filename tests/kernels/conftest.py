@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qlorag.kernels import nf4
-from qlorag.kernels.native import LEVELS, build, levels_up_to
-from qlorag.kernels.native.level import FAMILIES
+from qlorag.kernels.native import ISAS, build, isas_up_to
+from qlorag.kernels.native.isa import FAMILIES
 from qlorag.kernels.nf4 import BLOCK_SIZES, Nested, codebook, cpu
 from torch import Tensor
 
@@ -28,18 +28,18 @@ ARM = platform.machine() in ("aarch64", "arm64")
 
 
 @pytest.fixture(params=FAMILIES[ARM])
-def level(request, monkeypatch):
+def isa(request, monkeypatch):
     """Each instruction set in turn, as far as this processor has them."""
-    if request.param not in levels_up_to(cpu.best_level()):
-        pytest.skip(f"this processor has {LEVELS[cpu.best_level()]}, not {request.param}")
+    if request.param not in isas_up_to(cpu.best_isa()):
+        pytest.skip(f"this processor has {ISAS[cpu.best_isa()]}, not {request.param}")
     monkeypatch.setenv("QLORAG_CPU_LEVEL", request.param)
     return request.param
 
 
 @pytest.fixture
 def matrix_unit(monkeypatch):
-    """The products of amx.c."""
-    if "amx" not in levels_up_to(cpu.best_level()):
+    """The products of amx_forward.c and amx_backward.c."""
+    if "amx" not in isas_up_to(cpu.best_isa()):
         pytest.skip("this processor has no AMX")
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "amx")
 
@@ -85,11 +85,11 @@ class Call:
     shape: tuple[int, int] = (0, 0)
     rows: int = 0
 
-    def encode(self, level: str, short: int | None = None, by: int = 1) -> bytes:
+    def encode(self, isa: str, short: int | None = None, by: int = 1) -> bytes:
         """As driver.c reads it; buffer `short`, if given, is that many bytes too small."""
         header = (
             OPERATIONS.index(self.operation),
-            LEVELS.index(level),
+            ISAS.index(isa),
             cpu.DTYPES[self.dtype],
             self.threads,
             self.stream,
@@ -123,13 +123,13 @@ class Driver:
         command = [*self.command, str(calls), str(self.folder / "results")]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
 
-    def run(self, calls: Sequence[Call], level: str) -> list[list[Tensor]]:
+    def run(self, calls: Sequence[Call], isa: str) -> list[list[Tensor]]:
         """Return the outputs of each call."""
-        done = self.start(b"".join(call.encode(level) for call in calls))
+        done = self.start(b"".join(call.encode(isa) for call in calls))
         assert done.returncode == 0, done.stderr[-4000:]
         content = (self.folder / "results").read_bytes()
         best = struct.unpack_from("<q", content)[0]
-        assert level in levels_up_to(best), f"this is {LEVELS[best]}"
+        assert isa in isas_up_to(best), f"this is {ISAS[best]}"
         place, results = 8, []
         for call in calls:
             assert struct.unpack_from("<q", content, place) == (call.returns,), call
@@ -143,10 +143,10 @@ class Driver:
         assert place == len(content)
         return results
 
-    def check(self, calls: Sequence[Call], level: str) -> None:
-        """Run `calls` at `level`: the bits of the reference, or at most twice torch's error."""
+    def check(self, calls: Sequence[Call], isa: str) -> None:
+        """Run `calls` at `isa`: the bits of the reference, or at most twice torch's error."""
         squares: Counter[tuple[str, torch.dtype]] = Counter()
-        for call, got in zip(calls, self.run(calls, level), strict=True):
+        for call, got in zip(calls, self.run(calls, isa), strict=True):
             if call.operation == "quantize" and not call.returns:
                 continue  # refused: what was written is of no use
             if call.exact is None:
@@ -174,13 +174,13 @@ LAST_BYTE_USED = {
     ids=lambda p: f"{p[0]}-{str(p[1])[6:]}-{p[2]}",
 )
 def one_byte_short(request, calls) -> Callable[[str], bytes]:
-    """Level -> an encoded call with one buffer too small."""
+    """ISA -> an encoded call with one buffer too small."""
     *kernel, buffer = request.param
     of_kernel = [call for group in calls.values() for call in group if [call.operation, call.dtype] == kernel]
     # One byte less than one byte would be none, and of an empty allocation one byte may be read.
     usual = [call for call in of_kernel if all(part is not None and part.nbytes > 1 for part in call.inputs)]
     call = next(call for call in usual if call.numel > 100 and call.rows < 5)  # more are for masked stores, unseen
-    return lambda level: call.encode(level, short=buffer)
+    return lambda isa: call.encode(isa, short=buffer)
 
 
 @pytest.fixture(scope="session")

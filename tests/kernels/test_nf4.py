@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlorag.kernels import nf4
-from qlorag.kernels.native import LEVELS
+from qlorag.kernels.native import ISAS
 from qlorag.kernels.nf4 import (
     BLOCK_SIZES,
     DYNAMIC,
@@ -24,6 +24,7 @@ from qlorag.kernels.nf4 import (
     reference,
 )
 from qlorag.kernels.nf4.backends import choose_backend
+from qlorag.kernels.nf4.cpu import calls, compiled
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -295,7 +296,7 @@ def test_reference_in_float64_widens_the_float32_product():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_c_equals_the_reference(level, kind, dtype):
+def test_c_equals_the_reference(isa, kind, dtype):
     """Every tail; scales from subnormal results to overflow; nothing written outside `out`."""
     generator = torch.Generator().manual_seed(11)
     counts = (1, 2, 31, 32, 33, 63, 65, 4095, 4096, 3 * 4096 + 49)
@@ -322,15 +323,15 @@ def test_c_equals_the_reference(level, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_c_equals_the_reference_when_streaming(level, dtype, monkeypatch):
+def test_c_equals_the_reference_when_streaming(isa, dtype, monkeypatch):
     w = torch.randn(200, 333, generator=torch.Generator().manual_seed(5))
     want = round_trip(w, double_quant=True, dtype=dtype, backend="reference")
-    monkeypatch.setattr(cpu, "STREAM_BYTES", 0)
+    monkeypatch.setattr(calls, "STREAM_BYTES", 0)
     assert torch.equal(round_trip(w, double_quant=True, dtype=dtype, backend="c"), want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_c_rounds_every_kind_of_float_as_torch_does(level, dtype):
+def test_c_rounds_every_kind_of_float_as_torch_does(isa, dtype):
     """One block per scale: 100,000 float32 bit patterns, finite or infinite, are rounded."""
     generator = torch.Generator().manual_seed(13)
     bits = torch.randint(0, 0x7F800001, (100_000,), dtype=torch.int32, generator=generator)
@@ -342,7 +343,7 @@ def test_c_rounds_every_kind_of_float_as_torch_does(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_nan_scale_stays_nan(level, dtype):
+def test_a_nan_scale_stays_nan(isa, dtype):
     """Files can hold what quantize refuses; all-ones is the NaN that integer rounding would turn into -0."""
     absmax = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     packed = torch.randint(0, 256, (48,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -350,7 +351,7 @@ def test_a_nan_scale_stays_nan(level, dtype):
     assert got.isnan().all()
 
 
-def test_the_thread_count_does_not_change_a_bit(level):
+def test_the_thread_count_does_not_change_a_bit(isa):
     w = torch.randn(700, 513, generator=torch.Generator().manual_seed(2))
     before = torch.get_num_threads()
     results = []
@@ -369,7 +370,7 @@ def test_dispatch_takes_c_on_the_cpu_and_the_reference_elsewhere():
     assert choose_backend(torch.device("meta"), torch.float32, None) == "reference"
     statuses = {(s.operation, s.backend): s for s in nf4.available_backends()}
     c = statuses["nf4.dequantize", "c"]
-    assert c.available and LEVELS[cpu.best_level()] in c.detail and "thread" in c.detail
+    assert c.available and ISAS[cpu.best_isa()] in c.detail and "thread" in c.detail
 
 
 def test_levels_are_refused_by_name(monkeypatch):
@@ -379,7 +380,7 @@ def test_levels_are_refused_by_name(monkeypatch):
         nf4.dequantize(packed, absmax, shape=(64,))
     assert any("sse9" in s.detail and not s.available for s in nf4.available_backends())
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "avx512")
-    monkeypatch.setattr(cpu, "best_level", lambda: 1)
+    monkeypatch.setattr(compiled, "best_isa", lambda: 1)
     with pytest.raises(QuantizationError, match="avx512, but this processor has avx2"):
         nf4.dequantize(packed, absmax, shape=(64,))
 

@@ -33,7 +33,7 @@ def packed_weight(n, k, *, kind="nf4", block_size=64, double_quant=True, seed=0)
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_the_identity_gives_the_weight_itself(level, poisoned, kind, dtype):
+def test_the_identity_gives_the_weight_itself(isa, poisoned, kind, dtype):
     """x = I: every weight, each in its place, multiplied by 1 and added to zeros, so nothing is rounded."""
     for block_size, k, double_quant in itertools.product(BLOCK_SIZES[1:], (64, 192, 576), (True, False)):
         w = packed_weight(7, k, kind=kind, block_size=block_size, double_quant=double_quant)
@@ -43,7 +43,7 @@ def test_the_identity_gives_the_weight_itself(level, poisoned, kind, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 11, 700])  # rows of W are taken in fours, and 700 by all threads
-def test_error_is_at_most_twice_that_of_torch(level, poisoned, n, dtype):
+def test_error_is_at_most_twice_that_of_torch(isa, poisoned, n, dtype):
     squares = {"c": 0.0, "reference": 0.0}
     for rows, k in itertools.product((1, 2, 3, 4, 5, 8, 13), (64, 640, 4096)):
         w = packed_weight(n, k, seed=n)
@@ -55,7 +55,7 @@ def test_error_is_at_most_twice_that_of_torch(level, poisoned, n, dtype):
     assert squares["c"] <= 4 * squares["reference"]  # 2 squared
 
 
-def test_blocks_may_end_inside_a_row_and_nested_blocks_too(level):
+def test_blocks_may_end_inside_a_row_and_nested_blocks_too(isa):
     w = packed_weight(37, 960, block_size=128)  # 7.5 blocks to a row, 277.5 blocks: a second nested scale
     x = torch.randn(2, 960, dtype=torch.float32, generator=generator())
     exact = F.linear(x.double(), nf4.dequantize(**w, dtype=torch.float64))
@@ -63,7 +63,7 @@ def test_blocks_may_end_inside_a_row_and_nested_blocks_too(level):
     torch.testing.assert_close(nf4.matmul(x, **w, backend="c").double(), exact, rtol=0, atol=1e-4)
 
 
-def test_a_row_depends_neither_on_the_others_nor_on_the_threads(level):
+def test_a_row_depends_neither_on_the_others_nor_on_the_threads(isa):
     w = packed_weight(701, 576)
     x = torch.randn(11, 576, generator=generator())
     before = torch.get_num_threads()
@@ -78,7 +78,7 @@ def test_a_row_depends_neither_on_the_others_nor_on_the_threads(level):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_what_is_not_finite_reaches_its_own_results_only(level, dtype):
+def test_what_is_not_finite_reaches_its_own_results_only(isa, dtype):
     w = packed_weight(6, 128, double_quant=False)
     w["absmax"][5] = float("nan")  # row 2, second block
     x = torch.randn(3, 128, generator=generator()).to(dtype)
@@ -89,7 +89,7 @@ def test_what_is_not_finite_reaches_its_own_results_only(level, dtype):
     assert torch.equal(y.isnan(), expected)
 
 
-def test_a_float16_result_is_the_float32_one_rounded_once(level):
+def test_a_float16_result_is_the_float32_one_rounded_once(isa):
     w = packed_weight(50, 320)
     x = torch.randn(9, 320, generator=generator()).half() * 10.0 ** torch.arange(-8, 10, 2)[:, None].half()
     x = x.clamp(-6e4, 6e4)  # from sums that are subnormal to sums that are infinite
@@ -117,14 +117,14 @@ def test_a_negative_that_torch_has_not_written_out(backend, rows):
     assert torch.equal(nf4.matmul_backward(torch._neg_view(dy), **w), nf4.matmul_backward(-dy, **w))
 
 
-def test_the_choice_of_backend(level):
+def test_the_choice_of_backend(isa):
     w = packed_weight(9, 128)
     for dtype in FLOATS:
         most = fused_rows(dtype, torch.device("cpu"))
         assert most >= FUSED_ROWS[dtype]
         few = torch.randn(min(most, 512), 128, generator=generator()).to(dtype)
         assert torch.equal(nf4.matmul(few, **w), nf4.matmul(few, **w, backend="c"))
-        if (level, dtype) == ("amx", torch.bfloat16):
+        if (isa, dtype) == ("amx", torch.bfloat16):
             assert most > 10**9
         else:
             more = torch.randn(most + 1, 128, generator=generator()).to(dtype)
@@ -142,7 +142,7 @@ def test_the_choice_of_backend(level):
     assert any(s.operation == "nf4.matmul" and s.backend == "c" for s in nf4.available_backends())
 
 
-def test_the_backward_is_the_product_with_the_decoded_weight(level):
+def test_the_backward_is_the_product_with_the_decoded_weight(isa):
     w = packed_weight(9, 128)
     for dtype in FLOATS:
         dy = torch.randn(2, 3, 9, generator=generator()).to(dtype)
@@ -205,7 +205,7 @@ FEW = 4  # rows: from 5 on the matrix unit takes over, where there is one
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("k", [64, 192, 576, 1024, 4096, 16384])
-def test_in_fixed_point_a_result_is_the_float32_one_but_for_a_rounding(level, kind, k):
+def test_in_fixed_point_a_result_is_the_float32_one_but_for_a_rounding(isa, kind, k):
     w, random = packed_weight(301, k, kind=kind), generator(k)
     x = torch.randn(FEW, k, generator=random)
     x[1] *= 10.0 ** torch.randint(-6, 7, (k // 64,), generator=random).repeat_interleave(64)
@@ -220,7 +220,7 @@ def test_in_fixed_point_a_result_is_the_float32_one_but_for_a_rounding(level, ki
     assert (y - exact).norm(dim=1).le(2.0**-8 * exact.norm(dim=1)).all()
 
 
-def test_in_fixed_point_outliers_take_nothing_from_their_neighbours(level):
+def test_in_fixed_point_outliers_take_nothing_from_their_neighbours(isa):
     """Eight elements share a power of two. A row that loses by it is multiplied in float32."""
     w, random = packed_weight(101, 576), generator()
     w["packed"].view(101, 288)[:, 100::40] = 0x77  # weights of 0
@@ -235,7 +235,7 @@ def test_in_fixed_point_outliers_take_nothing_from_their_neighbours(level):
         assert (after - before).norm() <= 2e-3 * before.norm(), size
 
 
-def test_in_fixed_point_small_results_survive_a_processor_without_subnormal_numbers(level):
+def test_in_fixed_point_small_results_survive_a_processor_without_subnormal_numbers(isa):
     """Nothing on the way is much smaller than x, w and y."""
     w = packed_weight(1024, 1024)
     x = (torch.randn(1, 1024, generator=generator()) * 2.0**-38).bfloat16()
@@ -250,7 +250,7 @@ def test_in_fixed_point_small_results_survive_a_processor_without_subnormal_numb
     assert (y / 2.0**-38 - nf4.matmul(x.float() / 2.0**-38, **w, backend="c")).abs().max() < 0.5
 
 
-def test_in_fixed_point_every_power_of_two(level):
+def test_in_fixed_point_every_power_of_two(isa):
     """Beyond 2^-40 and 2^40 a row is multiplied in float32, without a step between the two."""
     w = packed_weight(9, 192)
     x = torch.randn(FEW, 192, generator=generator()).bfloat16()
@@ -262,14 +262,14 @@ def test_in_fixed_point_every_power_of_two(level):
 
 
 @pytest.mark.parametrize("suits", ["", "-", "x", "---x", "x---", "--x-----x-x"])
-def test_in_fixed_point_rows_that_do_not_suit_are_multiplied_together(level, suits):
+def test_in_fixed_point_rows_that_do_not_suit_are_multiplied_together(isa, suits):
     """As alone, wherever they stand."""
     w = packed_weight(37, 192)
     x = torch.randn(len(suits), 192, generator=generator()).bfloat16()
     for m, sign in enumerate(suits):
         if sign == "-":
             x[m, 1:] = 0
-    if level == "amx":
+    if isa == "amx":
         x = x[:FEW]
     y = nf4.matmul(x, **w, backend="c")
     assert y.shape == (len(x), 37)
@@ -280,7 +280,7 @@ def test_in_fixed_point_rows_that_do_not_suit_are_multiplied_together(level, sui
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_in_fixed_point_the_largest_sums_fit(level, sign):
+def test_in_fixed_point_the_largest_sums_fit(isa, sign):
     w = packed_weight(5, 4096, double_quant=False)
     w["absmax"].fill_(0.5)
     w["packed"].fill_(0xFF if sign > 0 else 0x00)  # every weight is 0.5, or -0.5
@@ -288,11 +288,11 @@ def test_in_fixed_point_the_largest_sums_fit(level, sign):
     assert torch.equal(nf4.matmul(x, **w, backend="c"), (sign * 2048 * x[:, :5].float()).bfloat16())
 
 
-def test_in_fixed_point_a_row_depends_neither_on_the_others_nor_on_the_threads(level):
+def test_in_fixed_point_a_row_depends_neither_on_the_others_nor_on_the_threads(isa):
     w = packed_weight(701, 576)
     x = torch.randn(11, 576, generator=generator()).bfloat16()
     x[4, 17], x[5, 3], x[10, 0] = float("inf"), float("nan"), -float("inf")  # go through matmul.c, alone
-    rows = (1, 2, 3, 4) if level == "amx" else (1, 2, 3, 7, 11)
+    rows = (1, 2, 3, 4) if isa == "amx" else (1, 2, 3, 7, 11)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -308,15 +308,15 @@ def test_in_fixed_point_a_row_depends_neither_on_the_others_nor_on_the_threads(l
     assert torch.equal(one.isnan(), exact.isnan()) and torch.equal(one.isinf(), exact.isinf())
 
 
-def test_in_fixed_point_many_rows_are_taken_in_blocks(level):
-    if level == "amx":
+def test_in_fixed_point_many_rows_are_taken_in_blocks(isa):
+    if isa == "amx":
         pytest.skip("many rows are for the matrix unit")
     w, x = packed_weight(5, 65536), torch.randn(21, 65536, generator=generator()).bfloat16()
     together = nf4.matmul(x, **w, backend="c")
     assert torch.equal(together, torch.cat([nf4.matmul(row[None], **w, backend="c") for row in x]))
 
 
-# The matrix unit (amx.c): the weight is the bits of dequantize, forward and backward.
+# The matrix unit (amx_forward.c, amx_backward.c): the weight is the bits of dequantize, forward and backward.
 
 MANY = (5, 6, 15, 16, 17, 31, 32, 33, 48, 49, 520)  # rows: tiles are 16 high, pairs of them multiplied, 512 at a time
 
@@ -392,7 +392,7 @@ def test_on_the_matrix_unit_what_is_not_finite_reaches_its_own_results_only(matr
 
 
 def test_what_is_smaller_than_normal_numbers_counts_as_nothing(matrix_unit):
-    """As in torch's own bfloat16 product on this unit; said in amx.c."""
+    """As in torch's own bfloat16 product on this unit; said in amx_forward.c."""
     w = packed_weight(3, 64, double_quant=False)
     w["absmax"].fill_(1.0)
     tiny = torch.full((5, 64), 2.0**-130, dtype=torch.bfloat16)

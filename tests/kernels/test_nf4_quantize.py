@@ -27,7 +27,7 @@ def assert_c_is_the_reference(w: torch.Tensor, **options) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_block_size_and_tail(level, poisoned, kind, dtype):
+def test_every_block_size_and_tail(isa, poisoned, kind, dtype):
     for block_size in BLOCK_SIZES:
         for numel in (1, 31, 32, 33, block_size, 3 * block_size + 1, 5 * block_size + 30):
             exponents = torch.randint(-30, 30, (numel,), generator=generator(numel))
@@ -38,7 +38,7 @@ def test_every_block_size_and_tail(level, poisoned, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ties_and_their_neighbours(level, kind):
+def test_ties_and_their_neighbours(isa, kind):
     """Scales of every magnitude that float32 has, at which a threshold is exact or one bit away."""
     bounds, _ = codebook.thresholds(kind, CPU)
     up, down = (torch.nextafter(bounds, torch.tensor(s)) for s in (2.0, -2.0))
@@ -50,7 +50,7 @@ def test_ties_and_their_neighbours(level, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_16_bit_number(level, dtype):
+def test_every_16_bit_number(isa, dtype):
     bits = torch.randperm(65536, generator=generator()).sub(32768).to(torch.int16)
     w = bits.view(dtype)
     w = w[w.isfinite()]
@@ -64,7 +64,7 @@ def test_ten_million_numbers():
     assert_c_is_the_reference(w, kind="nf4", block_size=64)
 
 
-def test_the_thread_count_does_not_change_a_bit(level):
+def test_the_thread_count_does_not_change_a_bit(isa):
     w = torch.randn(700, 513, generator=generator(2))
     before = torch.get_num_threads()
     results = []
@@ -78,7 +78,7 @@ def test_the_thread_count_does_not_change_a_bit(level):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_one_bad_number_anywhere_is_found(level, dtype):
+def test_one_bad_number_anywhere_is_found(isa, dtype):
     for numel, place, bad in itertools.product(
         (200, 70_001), (0, 63, 64, 130, -1), (float("nan"), float("inf"), float("-inf"))
     ):

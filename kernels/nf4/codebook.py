@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from ..dispatch import cached_unless_traced
-from .errors import QuantizationError
 
 Kind = Literal["nf4", "fp4"]
 
@@ -91,13 +90,6 @@ TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 # the errors have in common counts 64 times as much as the rest; that is 4e-7 at most, for normal weights, even ones and
 # even codes, and 1e-5 the rest. (With 2^14, 6e-6 and 2e-5: a sum of 4096 positive numbers would be off by 1e-3.)
 DENOMINATORS: dict[Kind, int] = {"nf4": 15586, "fp4": 16320}
-
-
-def check_kind(kind: str) -> Kind:
-    """Return `kind`, or raise QuantizationError naming the two there are."""
-    if not isinstance(kind, str) or kind not in TABLES:
-        raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
-    return kind
 
 
 def ascending(kind: Kind) -> tuple[list[float], list[int]]:

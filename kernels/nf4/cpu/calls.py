@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import Packed
+from ...dispatch import has_tangent
+from ..checks import QuantizationError
 from ..codebook import DENOMINATORS, DYNAMIC, TABLES, Kind, ascending, grid_codes, midpoints
-from ..errors import QuantizationError
-from ..reference import NESTED_BLOCK_SIZE, Nested, name_nonfinite, nested_offset
+from ..reference import name_nonfinite, nested_offset
+from ..tensor import NESTED_BLOCK_SIZE, Nested, QuantizedTensor
 from .compiled import DequantizeArgs, MatmulArgs, PackedTensor, QuantizeArgs, has_matrix_unit, isa, library, threads
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -46,9 +47,9 @@ def _address(t: Tensor) -> int:
     return address
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether its elements lie in memory in their order, and as they are."""
-    return x.is_contiguous() and not x.is_neg()
+def _as_stored(x: Tensor) -> Tensor:
+    """`x` with its elements in memory in their order, and as they are: a copy where torch keeps strides or a sign."""
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
@@ -89,25 +90,25 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     return codes, Nested(nested, offset)
 
 
-def _packed_tensor(w: Packed) -> PackedTensor:
+def _packed_tensor(q: QuantizedTensor) -> PackedTensor:
     return PackedTensor(
-        packed=_address(w.packed),
-        absmax=_address(w.absmax),
-        nested_absmax=None if w.nested is None else _address(w.nested.absmax),
-        nested_offset=None if w.nested is None else _address(w.nested.offset),
+        packed=_address(q.packed),
+        absmax=_address(q.absmax),
+        nested_absmax=None if q.nested is None else _address(q.nested.absmax),
+        nested_offset=None if q.nested is None else _address(q.nested.offset),
         dynamic=ctypes.addressof(_DYNAMIC),
-        table=ctypes.addressof(_TABLES[w.kind]),
-        numel=w.numel,
-        block_size=w.block_size,
+        table=ctypes.addressof(_TABLES[q.kind]),
+        numel=q.numel,
+        block_size=q.block_size,
     )
 
 
-def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """As ops.dequantize."""
+def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """As reference.dequantize."""
     if out is None:
-        out = torch.empty(w.shape, dtype=dtype, device=_CPU)
+        out = torch.empty(q.shape, dtype=dtype, device=_CPU)
     args = DequantizeArgs(
-        q=_packed_tensor(w),
+        q=_packed_tensor(q),
         out=_address(out),
         dtype=DTYPES[dtype],
         isa=isa(),
@@ -121,63 +122,65 @@ def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
 class Matmul:
     """y = x Wᵀ over one W [N, K], which it keeps alive. All but x is looked up once, so that a call costs little."""
 
-    def __init__(self, w: Packed) -> None:
-        self._parts = (w.packed, w.absmax, *(w.nested or (None, None)))  # kept alive
-        self._addresses = [0 if part is None else part.data_ptr() for part in self._parts]
-        self.out_features, self.in_features = w.shape
+    def __init__(self, q: QuantizedTensor) -> None:
+        self.q = q
+        self._parts = q.parts
+        self._addresses = self._now()
+        self.out_features, self.in_features = q.shape
         self._args = MatmulArgs(
-            w=_packed_tensor(w),
+            w=_packed_tensor(q),
             out_features=self.out_features,
             in_features=self.in_features,
             isa=isa(),
-            denominator=DENOMINATORS[w.kind],
+            denominator=DENOMINATORS[q.kind],
         )
         self._address = ctypes.addressof(self._args)
         self._run = library().handle.qlorag_nf4_matmul
         self._run_backward = library().handle.qlorag_nf4_matmul_backward
         self._has_matrix_unit = has_matrix_unit()
 
-    def is_over(
-        self, packed: Tensor | None, absmax: Tensor | None, nested_absmax: Tensor | None, nested_offset: Tensor | None
-    ) -> bool:
+    def _now(self) -> list[int]:
+        return [0 if part is None else part.data_ptr() for part in self._parts]
+
+    def is_over(self, parts: Sequence[Tensor | None]) -> bool:
         """Whether W still consists of these tensors, and they are where they were in memory.
 
         A tensor can be replaced by another, and its memory by other memory (share_memory_, set_).
         """
-        a, b, c, d = self._parts
-        same = a is packed and b is absmax and c is nested_absmax and d is nested_offset
-        return same and [0 if part is None else part.data_ptr() for part in self._parts] == self._addresses
+        a, b, c, d = parts
+        mine = self._parts
+        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3] and self._now() == self._addresses
 
     def has_backward(self, dtype: torch.dtype) -> bool:
         """Whether `backward` takes this dtype: bfloat16, on a processor with a matrix unit."""
         return self._has_matrix_unit and dtype == torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map x [..., K] to y [..., N] in its dtype; x is contiguous, on the CPU, float32, float16 or bfloat16.
+        """Map x [..., K] to y [..., N] in its dtype; x is on the CPU, float32, float16 or bfloat16.
 
-        Raises QuantizationError: it is not.
+        Raises QuantizationError: it is not, or carries a forward-mode derivative, which would be lost.
         """
         *rows, k = x.shape or (0,)
-        if k != self.in_features or x.dtype not in DTYPES or not x.is_cpu or not _is_plain(x):
+        if k != self.in_features or x.dtype not in DTYPES or not x.is_cpu or has_tangent(x):
             raise QuantizationError(
-                f"x is {x.dtype} {list(x.shape)} on {x.device}, strides {x.stride()}: wanted float32, float16 or "
-                f"bfloat16 [..., {self.in_features}] on cpu, contiguous (and no lazy negative)"
+                f"x is {x.dtype} {list(x.shape)} on {x.device}: wanted float32, float16 or bfloat16 "
+                f"[..., {self.in_features}] on cpu, without a forward-mode tangent"
             )
-        y = x.new_empty((*rows, self.out_features))
+        x, y = _as_stored(x), x.new_empty((*rows, self.out_features))
         at_most = threads()
         if not self._run(self._address, _address(x), _address(y), x.numel() // k, DTYPES[x.dtype], at_most):
             raise MemoryError(f"no memory for a copy of x, {list(x.shape)}")
         return y
 
     def backward(self, dy: Tensor) -> Tensor:
-        """Map dy [..., N] to dx = dy W [..., K]; dy is contiguous, on the CPU, and has_backward(its dtype) is true."""
+        """Map dy [..., N] to dx = dy W [..., K]; dy is on the CPU, and has_backward(its dtype) is true."""
         *rows, n = dy.shape or (0,)
-        if n != self.out_features or not self.has_backward(dy.dtype) or not dy.is_cpu or not _is_plain(dy):
+        if n != self.out_features or not self.has_backward(dy.dtype) or not dy.is_cpu:
             raise QuantizationError(
-                f"dy is {dy.dtype} {list(dy.shape)} on {dy.device}, strides {dy.stride()}: wanted bfloat16 "
-                f"[..., {self.out_features}] on cpu, contiguous, on a processor with a matrix unit"
+                f"dy is {dy.dtype} {list(dy.shape)} on {dy.device}: wanted bfloat16 [..., {self.out_features}] on cpu, "
+                "on a processor with a matrix unit"
             )
-        dx = dy.new_empty((*rows, self.in_features))
+        dy, dx = _as_stored(dy), dy.new_empty((*rows, self.in_features))
         count, at_most = dy.numel() // n, threads()
         if not self._run_backward(self._address, _address(dy), _address(dx), count, at_most):
             raise MemoryError(f"no memory for a copy of dy, {list(dy.shape)}")

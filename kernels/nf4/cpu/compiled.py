@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...native import ISAS, IsaError, Library, choose_isa, load
-from ..errors import QuantizationError
+from ..checks import QuantizationError
 
 
 class PackedTensor(ctypes.Structure):

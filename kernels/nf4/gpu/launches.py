@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...dispatch import launching_on, processors
-from ..checks import Packed
+from ..checks import QuantizationError
 from ..codebook import BUCKETS, Kind, buckets, dynamic_table, table, thresholds
-from ..errors import QuantizationError
 from ..reference import name_nonfinite
+from ..tensor import QuantizedTensor
 from .plan import Plan, plan_backward, plan_forward
 
 TILE = 4096  # elements of one program of dequantize: 16 bytes of packed input to each of 128 threads
@@ -52,38 +52,38 @@ def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]
     return packed, absmax
 
 
-def _scales(w: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scales(q: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four arguments that load_scales takes; where there is no double quantization three are not read."""
-    dynamic = dynamic_table(w.absmax.device)
-    return (w.absmax, w.nested.absmax, w.nested.offset, dynamic) if w.nested else (w.absmax, dynamic, dynamic, dynamic)
+    dynamic = dynamic_table(q.absmax.device)
+    return (q.absmax, q.nested.absmax, q.nested.offset, dynamic) if q.nested else (q.absmax, dynamic, dynamic, dynamic)
 
 
-def dequantize(w: Packed, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """As ops.dequantize."""
+def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """As reference.dequantize."""
     from .triton_dequantize import dequantize_kernel
 
     if out is None:
-        out = torch.empty(w.shape, dtype=dtype, device=w.packed.device)
+        out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     with launching_on(out):
-        dequantize_kernel[(-(-w.numel // TILE),)](
-            w.packed, *_scales(w), table(w.kind, out.device), out, w.numel, (w.numel + 1) // 2,
-            BLOCK_SIZE=w.block_size, NESTED=w.nested is not None, TILE=TILE,
+        dequantize_kernel[(-(-q.numel // TILE),)](
+            q.packed, *_scales(q), table(q.kind, out.device), out, q.numel, (q.numel + 1) // 2,
+            BLOCK_SIZE=q.block_size, NESTED=q.nested is not None, TILE=TILE,
         )  # fmt: skip
     return out
 
 
-def matmul(x: Tensor, w: Packed) -> Tensor:
+def matmul(x: Tensor, q: QuantizedTensor) -> Tensor:
     """y = x Wᵀ: x [..., K] -> y [..., N]; both K and block_size are multiples of 32."""
     from .triton_matmul import few_rows_kernel, many_rows_kernel
 
-    n, k = w.shape
-    flat = x.reshape(-1, k).contiguous()
+    n, k = q.shape
+    flat = x.resolve_neg().reshape(-1, k).contiguous()
     m = flat.shape[0]
-    plan = plan_forward(max(m, 1), n, k, w.block_size, x.dtype, processors(x.device))
+    plan = plan_forward(max(m, 1), n, k, q.block_size, x.dtype, processors(x.device))
     y, sums = _results(flat, n, plan.splits)
     programs = -(-n // plan.rows)
-    arguments = (flat, *_weight(w), sums, m, n, k // plan.unit, plan.per_split)
-    options = _options(w, plan)
+    arguments = (flat, *_weight(q), sums, m, n, k // plan.unit, plan.per_split)
+    options = _options(q, plan)
     with launching_on(x):
         if m and plan.few:
             few_rows_kernel[(programs, plan.splits)](*arguments, **options, ROWS=plan.rows)
@@ -94,32 +94,32 @@ def matmul(x: Tensor, w: Packed) -> Tensor:
     return y.view(*x.shape[:-1], n)
 
 
-def matmul_backward(dy: Tensor, w: Packed) -> Tensor:
+def matmul_backward(dy: Tensor, q: QuantizedTensor) -> Tensor:
     """dx = dy W: dy [..., N] -> dx [..., K]; both K and block_size are multiples of 32."""
     from .triton_matmul import backward_kernel
 
-    n, k = w.shape
-    flat = dy.reshape(-1, n).contiguous()
+    n, k = q.shape
+    flat = dy.resolve_neg().reshape(-1, n).contiguous()
     m = flat.shape[0]
-    plan = plan_backward(max(m, 1), n, k, w.block_size, dy.dtype, processors(dy.device))
+    plan = plan_backward(max(m, 1), n, k, q.block_size, dy.dtype, processors(dy.device))
     dx, sums = _results(flat, k, plan.splits)
     with launching_on(dy):
         if m:
             units = k // plan.unit
             backward_kernel[(-(-m // plan.bm), -(-units // plan.units), plan.splits)](
-                flat, *_weight(w), sums, m, n, units, plan.per_split, **_options(w, plan), BN=plan.rows
+                flat, *_weight(q), sums, m, n, units, plan.per_split, **_options(q, plan), BN=plan.rows
             )
         _add_splits(sums, dx, plan.splits)
     return dx.view(*dy.shape[:-1], k)
 
 
-def _weight(w: Packed) -> tuple[Tensor, ...]:
-    return (_words(w.packed), *_scales(w), table(w.kind, w.packed.device))
+def _weight(q: QuantizedTensor) -> tuple[Tensor, ...]:
+    return (_words(q.packed), *_scales(q), table(q.kind, q.packed.device))
 
 
-def _options(w: Packed, plan: Plan) -> dict[str, Any]:
+def _options(q: QuantizedTensor, plan: Plan) -> dict[str, Any]:
     sizes = {"UNIT": plan.unit, "UNITS": plan.units, "BM": plan.bm, "num_warps": plan.warps}
-    return {"BLOCK_SIZE": w.block_size, "NESTED": w.nested is not None, **sizes}
+    return {"BLOCK_SIZE": q.block_size, "NESTED": q.nested is not None, **sizes}
 
 
 def _words(packed: Tensor) -> Tensor:

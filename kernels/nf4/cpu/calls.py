@@ -125,7 +125,7 @@ class Matmul:
     def __init__(self, q: QuantizedTensor) -> None:
         self.q = q
         self._parts = q.parts
-        self._addresses = self._now()
+        self._addresses = self._data_ptrs()
         self.out_features, self.in_features = q.shape
         self._args = MatmulArgs(
             w=_packed_tensor(q),
@@ -139,7 +139,7 @@ class Matmul:
         self._run_backward = library().handle.qlorag_nf4_matmul_backward
         self._has_matrix_unit = has_matrix_unit()
 
-    def _now(self) -> list[int]:
+    def _data_ptrs(self) -> list[int]:
         return [0 if part is None else part.data_ptr() for part in self._parts]
 
     def is_over(self, parts: Sequence[Tensor | None]) -> bool:
@@ -149,7 +149,7 @@ class Matmul:
         """
         a, b, c, d = parts
         mine = self._parts
-        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3] and self._now() == self._addresses
+        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3] and self._data_ptrs() == self._addresses
 
     def has_backward(self, dtype: torch.dtype) -> bool:
         """Whether `backward` takes this dtype: bfloat16, on a processor with a matrix unit."""

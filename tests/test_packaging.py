@@ -22,7 +22,7 @@ ROOMS = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "quant": {"kernels"},
-    "lora": set(),
+    "lora": {"kernels"},
     "models": {"kernels", "quant"},
     "retrieval": set(),
     "recipes": {"kernels", "quant", "lora", "models", "retrieval"},
@@ -136,7 +136,7 @@ RECIPES = {  # the sections "To lift it": what is copied
     **{f"kernels/{name}": ("kernels/dispatch",) for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")},
     "kernels/nf4": ("kernels/native", "kernels/dispatch"),
     "quant": ("kernels/nf4", "kernels/native", "kernels/dispatch"),
-    "lora": (),
+    "lora": ("kernels/lora", "kernels/dispatch"),
 }
 
 

@@ -212,10 +212,9 @@ def test_every_hand_written_backward_is_checked() -> None:
         for path in (root / room).rglob("*.py")
         for name in re.findall(r"class (\w+)\((?:torch\.)?autograd\.Function\)", path.read_text())
     }
-    assert {"LinearCrossEntropy", "LoRABranch"} <= functions
+    assert {"LinearCrossEntropy", "AddLoRAFunction"} <= functions
     covered = {  # Function -> the test that runs gradcheck on it, through its public face
         "LinearCrossEntropy": "tests/kernels/test_cross_entropy.py",
-        "LoRABranch": "tests/lora/test_layer.py",
         "_QuantizedLinearFunction": "tests/quant/test_linear.py",
         "RMSNormFunction": "tests/kernels/test_rms_norm.py",
         "RopeFunction": "tests/kernels/test_rope.py",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ..kernels.nf4 import QuantizationError
+from ..kernels.nf4 import QuantizationError, QuantizedTensor, dequantize, quantize
 from .adamw8bit import AdamW8bit
 from .bnb_files import from_bnb, to_bnb
 from .linear import QuantizedLinear
 from .replace import quantize_linears
-from .tensor import QuantizedTensor, dequantize, quantize
 
 __all__ = [
     "AdamW8bit",

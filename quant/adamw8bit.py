@@ -135,9 +135,9 @@ class AdamW8bit:
     @property
     def nbytes(self) -> int:
         """All stored state; the maps are shared by all optimizers and not counted."""
-        return sum(t.nbytes for t in self.state().values())
+        return sum(t.nbytes for t in self.state_dict().values())
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The moments as {"m.NAME": codes, "m_absmax.NAME": scales, "v.NAME": ...}; `steps` is not among them.
 
         They are the tensors that `step` updates: clone them to come back to them later.
@@ -145,9 +145,9 @@ class AdamW8bit:
         kinds = ("m", "m_absmax", "v", "v_absmax")
         return {f"{kind}.{name}": t for kind in kinds for name, t in getattr(self, kind).items()}
 
-    def load_state(self, state: Mapping[str, Tensor], *, steps: int) -> None:
-        """Takes over what `state` gave. Raises ValueError: names, shapes or dtypes are not those of this optimizer."""
-        wanted = self.state()
+    def load_state_dict(self, state: Mapping[str, Tensor], *, steps: int) -> None:
+        """Take over what `state_dict` gave. Raises ValueError: names, shapes or dtypes are of another optimizer."""
+        wanted = self.state_dict()
         odd = sorted(key for key in {*wanted, *state} if not _alike(wanted.get(key), state.get(key)))
         if odd:
             got, want = state.get(odd[0]), wanted.get(odd[0])

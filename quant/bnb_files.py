@@ -12,7 +12,7 @@ The weight W [N, K] of a linear layer P is these tensors, named as transformers 
     {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [N, K],
      "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}     nested_*: only if double-quantized
 
-`dtype` is what was quantized. Codes, absmax and their order are this project's own (tensor.py), so nothing is computed
+`dtype` is what was quantized. Codes, absmax and their order are this project's own, so nothing is computed
 either way: the bytes of a file are the bytes in memory, and a file read and written again is the same file.
 
 The tensors are untrusted input. Each one is held against the shape in the JSON before a kernel sees it, and what is
@@ -35,9 +35,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import nf4
-from ..kernels.nf4 import Kind, QuantizationError
-from ..kernels.nf4.reference import NESTED_BLOCK_SIZE  # which is also all that bitsandbytes writes
-from .tensor import QuantizedTensor
+from ..kernels.nf4 import Kind, QuantizationError, QuantizedTensor
+from ..kernels.nf4.tensor import NESTED_BLOCK_SIZE  # which is also all that bitsandbytes writes
 
 MAX_STATE_BYTES = 1 << 16  # the JSON takes about 200
 _PART = re.compile(r"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__[^.]*)")
@@ -131,8 +130,12 @@ def from_bnb(tensors: Mapping[str, Tensor], name: str) -> QuantizedTensor:
         extra = ", ".join(sorted(mine))
         why = "" if nested else f"; {key} has no nested_offset"
         raise QuantizationError(f"{name}: got {extra}, wanted no such part{why}: {_DAMAGED}")
-    return QuantizedTensor(
-        packed, absmax, nested_absmax, nested_offset, state.kind, state.block_size, state.shape, state.dtype
+    return QuantizedTensor.from_parts(
+        (packed, absmax, nested_absmax, nested_offset),
+        shape=state.shape,
+        kind=state.kind,
+        block_size=state.block_size,
+        dtype=state.dtype,
     )
 
 
@@ -140,7 +143,7 @@ def to_bnb(q: QuantizedTensor, name: str) -> dict[str, Tensor]:
     """The tensors of `q` under the keys that transformers gives the weight `name`, on the device of `q`.
 
     Codes and scales share the memory of `q`; the tables are fresh, since safetensors wants no memory twice in a file.
-    Raises QuantizationError: q is not a matrix, or its parts do not fit each other.
+    Raises QuantizationError: q is not a matrix.
     """
     if len(q.shape) != 2:
         raise QuantizationError(f"{name}: got shape {list(q.shape)}, wanted [N, K]: only linear weights have this form")
@@ -155,18 +158,16 @@ def to_bnb(q: QuantizedTensor, name: str) -> dict[str, Tensor]:
         f"{name}.absmax": q.absmax,
         f"{name}.quant_map": _table(nf4.NF4 if q.kind == "nf4" else nf4.FP4, q),
     }
-    nested = q.nested
-    if nested is not None:
+    if q.nested is not None:
         fields |= {
             "nested_blocksize": NESTED_BLOCK_SIZE,
             "nested_dtype": "float32",
-            "nested_offset": nested.offset.item(),  # a float32 as a double, which JSON holds exactly
+            "nested_offset": q.nested.offset.item(),  # a float32 as a double, which JSON holds exactly
         }
-        tensors[f"{name}.nested_absmax"] = nested.absmax
+        tensors[f"{name}.nested_absmax"] = q.nested.absmax
         tensors[f"{name}.nested_quant_map"] = _table(nf4.DYNAMIC, q)
     state = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8, device=q.device)
     tensors[f"{name}.{_STATE}{q.kind}"] = state
-    from_bnb(tensors, name)  # a QuantizedTensor that was put together by hand may not fit
     return tensors
 
 

@@ -28,7 +28,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import kept
+from ..kernels.dispatch import cached_unless_traced
 from ..kernels.nf4 import QuantizationError
 from ..kernels.nf4.codebook import DYNAMIC, DYNAMIC_UNSIGNED, midpoints
 from ..kernels.nf4.reference import TINY
@@ -88,13 +88,13 @@ def _nearest(scaled: Tensor, signed: bool) -> Tensor:
     return code
 
 
-@kept
+@cached_unless_traced
 def _map(signed: bool, device: torch.device) -> Tensor:
     """float32 [256], ascending; shared, so never write to it."""
     return torch.tensor(DYNAMIC if signed else DYNAMIC_UNSIGNED, dtype=torch.float32, device=device)
 
 
-@kept
+@cached_unless_traced
 def _lookup(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """By the upper 16 bits of a number: (uint8 code of the least such number, float32 midpoint among them or inf)."""
     bounds = torch.tensor(midpoints(list(DYNAMIC if signed else DYNAMIC_UNSIGNED)), dtype=torch.float32, device="cpu")

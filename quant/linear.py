@@ -23,23 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import nf4
-from ..kernels.dispatch import has_tangent, is_traced
-from ..kernels.nf4 import Kind, QuantizationError
-from .tensor import QuantizedTensor, dequantize, quantize
-
-
-def _product(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    # y = x Wᵀ + b          [..., K] @ [K, N] -> [..., N]
-    return nf4.matmul(
-        x, q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested, bias=bias
-    )
-
-
-def _product_backward(dy: Tensor, q: QuantizedTensor) -> Tensor:
-    # dx = dy W          [..., N] @ [N, K] -> [..., K]
-    return nf4.matmul_backward(
-        dy, q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested
-    )
+from ..kernels.dispatch import is_traced
+from ..kernels.nf4 import QuantizationError, QuantizedTensor, dequantize, quantize
 
 
 def _add(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,38 +36,29 @@ class _QuantizedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        nested_offset: Tensor | None,
-        meta: tuple[Kind, int, tuple[int, ...], torch.dtype],
-        fused: nf4.Matmul | None = None,
+        ctx: Any, x: Tensor, bias: Tensor | None, q: QuantizedTensor, fused: nf4.Matmul | None = None
     ) -> Tensor:
-        # Saved as tensors, though they are buffers, so that autograd notices if someone writes to them
-        # meanwhile.
-        ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
-        ctx.meta, ctx.fused = meta, fused
-        if fused is not None:
-            return _add(fused(x.resolve_neg().contiguous()), bias)
-        return _product(x, QuantizedTensor(packed, absmax, nested_absmax, nested_offset, *meta), bias)
+        # y = x Wᵀ + b          [..., K] @ [K, N] -> [..., N]
+        # Saved as tensors, though they are buffers, so that autograd notices if someone writes to them meanwhile.
+        ctx.save_for_backward(*q.parts)
+        ctx.q, ctx.fused = q, fused
+        return nf4.matmul(x, q, bias=bias) if fused is None else _add(fused(x), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
+            # dx = dy W         [..., N] @ [N, K] -> [..., K]
             parts = ctx.saved_tensors
-            if ctx.fused is not None and ctx.fused.has_backward(dy.dtype) and ctx.fused.is_over(*parts):
-                dx = ctx.fused.backward(dy.resolve_neg().contiguous())
+            if ctx.fused is not None and ctx.fused.has_backward(dy.dtype) and ctx.fused.is_over(parts):
+                dx = ctx.fused.backward(dy)
             else:
-                dx = _product_backward(dy, QuantizedTensor(*parts, *ctx.meta))
+                dx = nf4.matmul_backward(dy, ctx.q.with_parts(parts))
         if ctx.needs_input_grad[1]:
             # db = sum over rows of dy
             db = dy.reshape(-1, dy.shape[-1]).sum(dim=0)
-        return dx, db, None, None, None, None, None, None
+        return dx, db, None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -134,11 +110,17 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight, sharing this layer's tensors."""
-        return QuantizedTensor(self.packed, self.absmax, self.nested_absmax, self.nested_offset, *self._meta)
+        return QuantizedTensor.from_parts(
+            self._parts(),
+            shape=(self.out_features, self.in_features),
+            kind=self.kind,
+            block_size=self.block_size,
+            dtype=self.weight_dtype,
+        )
 
-    @property
-    def _meta(self) -> tuple[Kind, int, tuple[int, ...], torch.dtype]:
-        return self.kind, self.block_size, (self.out_features, self.in_features), self.weight_dtype
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        held = self._buffers  # not by attribute, which nn.Module looks up in three places
+        return held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [N, K] in `dtype` (default: the dtype it was quantized from), in memory of its own."""
@@ -150,26 +132,19 @@ class QuantizedLinear(nn.Module):
             raise QuantizationError(f"x is {list(x.shape)}: wanted [..., {self.in_features}]")
         if x.device != self.packed.device:
             raise QuantizationError(f"x is on {x.device}, the weight on {self.packed.device}: move them together")
-        if has_tangent(x):
-            raise QuantizationError("x has a tangent, and this layer no forward-mode derivative: use backward()")
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if is_traced():
-            parts = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-            compiled: Tensor = nf4.nf4_matmul(x, *parts, self.out_features, self.kind, self.block_size)
+            compiled: Tensor = nf4.nf4_matmul(x, *self._parts(), self.out_features, self.kind, self.block_size)
             return compiled if bias is None else compiled + bias
-        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
-            return self._forward_only(x, bias)
-        y: Tensor = _QuantizedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, bias, self.packed, self.absmax, self.nested_absmax, self.nested_offset, self._meta, self._fused_for(x)
-        )
-        return y
-
-    def _forward_only(self, x: Tensor, bias: Tensor | None) -> Tensor:
         fused = self._fused_for(x)
-        return _product(x, self.quantized, bias) if fused is None else _add(fused(x.resolve_neg().contiguous()), bias)
+        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            return nf4.matmul(x, self.quantized, bias=bias) if fused is None else _add(fused(x), bias)
+        q = self.quantized if fused is None else fused.q
+        y: Tensor = _QuantizedLinearFunction.apply(x, bias, q, fused)  # type: ignore[no-untyped-call]
+        return y
 
     def _fused_for(self, x: Tensor) -> nf4.Matmul | None:
         """The fused product, if it is the one to take for so many rows."""
@@ -181,16 +156,9 @@ class QuantizedLinear(nn.Module):
 
     def _fused_matmul(self) -> nf4.Matmul | None:
         """The fused product with the weight this layer holds now, or None where there is none."""
-        held, code = self._buffers, (self.kind, self.block_size)
-        if (
-            self._fused is None
-            or self._fused_code != code
-            or not self._fused.is_over(held["packed"], held["absmax"], held["nested_absmax"], held["nested_offset"])
-        ):
-            q, self._fused_code = self.quantized, code
-            self._fused = nf4.prepare_matmul(
-                q.packed, q.absmax, shape=q.shape, kind=q.kind, block_size=q.block_size, nested=q.nested
-            )
+        code = (self.kind, self.block_size)
+        if self._fused is None or self._fused_code != code or not self._fused.is_over(self._parts()):
+            self._fused, self._fused_code = nf4.prepare_matmul(self.quantized), code
         return self._fused
 
     def __getstate__(self) -> dict[str, Any]:

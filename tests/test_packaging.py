@@ -22,7 +22,7 @@ ROOMS = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "quant": {"kernels"},
-    "lora": set(),
+    "lora": {"kernels"},
     "models": {"kernels", "quant"},
     "retrieval": set(),
     "recipes": {"kernels", "quant", "lora", "models", "retrieval"},
@@ -136,7 +136,7 @@ RECIPES = {  # the sections "To lift it": what is copied
     **{f"kernels/{name}": ("kernels/dispatch",) for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")},
     "kernels/nf4": ("kernels/native", "kernels/dispatch"),
     "quant": ("kernels/nf4", "kernels/native", "kernels/dispatch"),
-    "lora": (),
+    "lora": ("kernels/lora", "kernels/dispatch"),
 }
 
 
@@ -152,8 +152,8 @@ def test_a_folder_can_be_lifted_out_with_what_its_readme_names(folder: str, tmp_
     module = f"theirs.{folder.replace('/', '.')}"
     code = f"import sys, {module}\nassert not any(name.startswith('qlorag') for name in sys.modules)\n"
     if folder in ("quant", "kernels/nf4"):
-        code += "import torch\nfrom theirs.kernels import nf4\np, a = nf4.quantize(torch.ones(64))\n"
-        code += "assert nf4.dequantize(p, a, shape=(64,), backend='c').tolist() == [1.0] * 64\n"
+        code += "import torch\nfrom theirs.kernels import nf4\nq = nf4.quantize(torch.ones(64))\n"
+        code += "assert nf4.dequantize(q, backend='c').tolist() == [1.0] * 64\n"
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -58,7 +58,7 @@ def weight(nested: bool = True) -> dict[str, str]:
 
 
 def nf4_cases(dtype: str) -> list[Case]:
-    """As the launches of kernels/nf4/gpu/__init__.py make them; x and y of a product are in caches."""
+    """As the launches of kernels/nf4/gpu/launches.py make them; x and y of a product are in caches."""
     width = WIDTHS[dtype]
     pointer, stored = f"*{dtype}", 0.5 + 1 / 64 + 4 / (64 * 256)  # codes and scales
     listed = [

@@ -32,7 +32,7 @@ def why_not() -> str | None:
 
 
 def state(
-    scales: Tensor, nested: nf4.Nested | None, *, shape: tuple[int, int], block_size: int, dtype: torch.dtype
+    scales: Tensor, nested: nf4.Nested | None, *, shape: tuple[int, ...], block_size: int, dtype: torch.dtype
 ) -> Any:
     """bitsandbytes' QuantState over our scales."""
     import bitsandbytes.functional as bnb
@@ -63,19 +63,17 @@ def kernel(packed: Tensor, absmax: Tensor, out: Tensor, block_size: int) -> Call
     return lambda: function(*arguments)
 
 
-def products(
-    x: Tensor, packed: Tensor, codes: Tensor, nested: nf4.Nested, *, shape: tuple[int, int]
-) -> dict[str, Callable[[], Tensor]]:
+def products(x: Tensor, q: nf4.QuantizedTensor) -> dict[str, Callable[[], Tensor]]:
     """x Wᵀ by each form of bitsandbytes that runs here; none without it."""
     if why_not():
         return {}
     import bitsandbytes as bnb
 
-    theirs = state(codes, nested, shape=shape, block_size=64, dtype=x.dtype)
-    column = packed.view(-1, 1)
+    theirs = state(q.absmax, q.nested, shape=q.shape, block_size=64, dtype=x.dtype)
+    column = q.packed.view(-1, 1)
     candidates = {AS_DOCUMENTED: lambda: bnb.matmul_4bit(x, column.t(), quant_state=theirs)}
     has_form = x.device.type == "cpu" and bnb.functional.has_avx512bf16()
-    if has_form and x.dtype == torch.bfloat16 and shape[0] % 32 == 0:
+    if has_form and x.dtype == torch.bfloat16 and q.shape[0] % 32 == 0:
         rearranged, other = bnb.functional._convert_weight_packed_for_cpu(column, copy.deepcopy(theirs))
         candidates[REPACKED] = lambda: bnb.matmul_4bit(x, rearranged, quant_state=other)
     return candidates

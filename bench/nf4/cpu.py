@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,26 +38,25 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, rep
 
     numel = math.prod(shape)
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    packed, absmax = nf4.quantize(w, block_size=block_size)
-    codes, nested = nf4.quantize_absmax(absmax)
-    scales = reference.dequantize_absmax(codes, nested)  # what bitsandbytes' kernel is given: already float32
+    q = nf4.quantize(w, block_size=block_size)
+    assert q.nested is not None
+    scales = reference.dequantize_absmax(q.absmax, q.nested)  # what bitsandbytes' kernel is given: already float32
     theirs = competitor.state(scales, None, shape=shape, block_size=block_size, dtype=dtype)
-    column = packed.view(-1, 1)
+    plain, column = replace(q, absmax=scales, nested=None), q.packed.view(-1, 1)
 
-    def ours(backend: str, scales: Tensor, second: nf4.Nested | None, out: Tensor | None) -> Callable[[], Tensor]:
-        options: dict[str, Any] = {"shape": shape, "block_size": block_size, "dtype": dtype, "nested": second}
-        return lambda: nf4.dequantize(packed, scales, **options, out=out, backend=backend)
+    def ours(backend: str, q: nf4.QuantizedTensor, out: Tensor | None) -> Callable[[], Tensor]:
+        return lambda: nf4.dequantize(q, dtype=dtype, out=out, backend=backend)
 
     outs = {name: torch.full(shape, float("nan"), dtype=dtype) for name in ("c", "plain", "reference", "bnb")}
     candidates: dict[str, Callable[[], Any]] = {
-        OURS_DECODE: ours("c", codes, nested, outs["c"]),
-        "qlorag C, float32 absmax, out=": ours("c", scales, None, outs["plain"]),
-        "qlorag C, double-quantized, fresh": ours("c", codes, nested, None),
-        "qlorag reference, out=": ours("reference", codes, nested, outs["reference"]),
-        KERNEL: competitor.kernel(packed, scales, outs["bnb"], block_size),
+        OURS_DECODE: ours("c", q, outs["c"]),
+        "qlorag C, float32 absmax, out=": ours("c", plain, outs["plain"]),
+        "qlorag C, double-quantized, fresh": ours("c", q, None),
+        "qlorag reference, out=": ours("reference", q, outs["reference"]),
+        KERNEL: competitor.kernel(q.packed, scales, outs["bnb"], block_size),
         PUBLIC: lambda: bnb.dequantize_4bit(column, theirs),
     }
-    want = reference.dequantize(packed, scales, shape=shape, kind="nf4", block_size=block_size, dtype=dtype)
+    want = reference.dequantize(q, dtype)
     for name, run in candidates.items():
         got = run()
         got = got if isinstance(got, Tensor) else outs["bnb"]
@@ -64,7 +64,7 @@ def _dequantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, rep
             raise SystemExit(f"{name}: {dtype} result differs from the reference; a wrong result is not timed")
 
     # The memory of the machine: read the packed bytes, write as many bytes as the result has.
-    moved = packed.nbytes + codes.nbytes + numel * dtype.itemsize
+    moved = q.packed.nbytes + q.absmax.nbytes + numel * dtype.itemsize
     source, target = torch.ones(moved // 2, dtype=torch.uint8), torch.zeros(moved // 2, dtype=torch.uint8)
     candidates[COPY] = lambda: target.copy_(source)
 
@@ -99,8 +99,8 @@ def _quantize(shape: tuple[int, int], dtype: torch.dtype, block_size: int, repea
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def ours(backend: str) -> tuple[Tensor, Tensor]:
-        packed, absmax = nf4.quantize(w, block_size=block_size, backend=backend)
-        return packed, nf4.quantize_absmax(absmax, backend=backend)[0]
+        q = nf4.quantize(w, block_size=block_size, backend=backend)
+        return q.packed, q.absmax
 
     def theirs() -> tuple[Tensor, Tensor]:
         packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type="nf4", compress_statistics=True)
@@ -151,10 +151,7 @@ def exactness(values: int, backend: str, dtypes: list[str]) -> dict[str, Any]:
     for name in dtypes:
         dtype = DTYPES[name]
         w = difficult(values, dtype)
-        packed, absmax = nf4.quantize(w, backend="reference")
-        codes, nested = nf4.quantize_absmax(absmax, backend="reference")
-        decoded = nf4.dequantize(packed, codes, shape=w.shape, dtype=dtype, nested=nested, backend="reference")
-        want = (packed, absmax, codes, decoded)
+        want = _ours(w, "reference")
         got = _theirs(w) if backend == "bitsandbytes" else _ours(w.to(device), backend)
         found["values"] = w.numel()
         found["differ"][name] = sum(_differing(a, b.cpu()) for a, b in zip(want, got, strict=True))
@@ -168,11 +165,10 @@ def _differing(a: Tensor, b: Tensor) -> int:
 
 
 def _ours(w: Tensor, backend: str) -> tuple[Tensor, ...]:
-    packed, absmax = nf4.quantize(w, backend=backend)
-    codes, nested = nf4.quantize_absmax(absmax, backend=backend)
-    out = torch.full_like(w, float("nan"))
-    nf4.dequantize(packed, codes, shape=w.shape, dtype=w.dtype, nested=nested, out=out, backend=backend)
-    return packed, absmax, codes, out
+    q = nf4.quantize(w, backend=backend)
+    absmax = nf4.quantize(w, double_quant=False, backend=backend).absmax
+    out = nf4.dequantize(q, out=torch.full_like(w, float("nan")), backend=backend)
+    return q.packed, absmax, q.absmax, out
 
 
 def _theirs(w: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Up to how many rows the fused product is the faster one, beside decoding W and the platform's GEMM.
 
-What FUSED_ROWS and FUSED_ROWS_AT in kernels/nf4/products.py say, measured: each dtype at each instruction set that this
-processor has, with torch's GEMM held to the same one.
+What FUSED_ROWS and FUSED_ROWS_AT in kernels/nf4/crossover.py say, measured: each dtype with each instruction set (ISA)
+that this processor has, and torch's GEMM held to the same one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from harness.timing import check_products, interleave
 from nf4.products import CPU, Weight, normal_x
 from qlorag.kernels import nf4
-from qlorag.kernels.native.level import LEVELS, levels_up_to
+from qlorag.kernels.native.isa import ISAS, isas_up_to
 from qlorag.kernels.nf4 import cpu
-from qlorag.kernels.nf4.products import FUSED_ROWS, FUSED_ROWS_AT
+from qlorag.kernels.nf4.crossover import FUSED_ROWS, FUSED_ROWS_AT
 from torch import Tensor
 
 ROWS = (4, 8, 16, 24, 32, 64, 128, 256)
@@ -31,10 +32,10 @@ MKL = {"avx2": "AVX2"}  # and MKL, which multiplies float32
 
 
 def variants() -> list[tuple[str, str, Mapping[str, str]]]:
-    """The level, the dtype and the variables of each process: all that this processor can run."""
-    best = cpu.best_level()
-    found: list[tuple[str, str, Mapping[str, str]]] = [(LEVELS[best], dtype, {}) for dtype in DTYPES]
-    for level in reversed(levels_up_to(best)[:-1]):
+    """The ISA, the dtype and the variables of each process: all that this processor can run."""
+    best = cpu.best_isa()
+    found: list[tuple[str, str, Mapping[str, str]]] = [(ISAS[best], dtype, {}) for dtype in DTYPES]
+    for level in reversed(isas_up_to(best)[:-1]):
         if level in GEMM:
             held = {"QLORAG_CPU_LEVEL": level, "ONEDNN_MAX_CPU_ISA": GEMM[level]}
             held |= {"MKL_ENABLE_INSTRUCTIONS": MKL[level]} if level in MKL else {}
@@ -43,10 +44,8 @@ def variants() -> list[tuple[str, str, Mapping[str, str]]]:
 
 
 def _candidates(weight: Weight, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    def run(backend: str) -> Tensor:
-        return nf4.matmul(x, weight.packed, weight.codes, **weight.options, backend=backend)
-
-    return {FUSED: lambda: run("c"), DECODED: lambda: run("reference")}  # which decodes in C too
+    c, reference = (partial(nf4.matmul, x, weight.q, backend=backend) for backend in ("c", "reference"))
+    return {FUSED: c, DECODED: reference}  # which decodes in C too
 
 
 @torch.inference_mode()

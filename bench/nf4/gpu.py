@@ -82,17 +82,14 @@ def decode(device: torch.device, timer: Timer, dtype: torch.dtype, sizes: Sizes)
     """Rows of decoding a weight. Raises SystemExit: a result is not the reference's, bit for bit."""
     weight = products.Weight.normal(sizes.shape, dtype, device)
     out = torch.full(sizes.shape, float("nan"), dtype=dtype, device=device)
-    scales = reference.dequantize_absmax(weight.codes, weight.nested)
-    options: dict[str, Any] = {"shape": sizes.shape, "kind": "nf4", "block_size": 64, "dtype": dtype}
-    want = reference.dequantize(weight.packed, scales, **options)
-    candidates: dict[str, Callable[[], Tensor]] = {
-        "qlorag, out=": lambda: nf4.dequantize(weight.packed, weight.codes, dtype=dtype, out=out, **weight.options)
-    }
+    q = weight.q
+    want = reference.dequantize(q, dtype)
+    candidates: dict[str, Callable[[], Tensor]] = {"qlorag, out=": lambda: nf4.dequantize(q, dtype=dtype, out=out)}
     if not competitor.why_not():
         import bitsandbytes.functional as bnb
 
-        state = competitor.state(weight.codes, weight.nested, shape=sizes.shape, block_size=64, dtype=dtype)
-        column = weight.packed.view(-1, 1)
+        state = competitor.state(q.absmax, q.nested, shape=sizes.shape, block_size=64, dtype=dtype)
+        column = q.packed.view(-1, 1)
         candidates["bitsandbytes dequantize_4bit"] = lambda: bnb.dequantize_4bit(column, state)
     for name, run in candidates.items():
         if not torch.equal(run(), want):
@@ -118,8 +115,8 @@ def encode(device: torch.device, timer: Timer, sizes: Sizes) -> list[dict[str, A
     w = torch.randn(sizes.shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
 
     def ours(backend: str | None = None) -> tuple[Tensor, Tensor]:
-        packed, absmax = nf4.quantize(w, backend=backend)
-        return packed, nf4.quantize_absmax(absmax, backend=backend)[0]
+        q = nf4.quantize(w, backend=backend)
+        return q.packed, q.absmax
 
     if not all(torch.equal(a, b) for a, b in zip(ours(), ours("reference"), strict=True)):
         raise SystemExit("qlorag: codes differ from the reference; a wrong result is not timed")

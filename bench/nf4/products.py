@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,17 +27,12 @@ READ_BYTES = 512 * 2**20
 class Weight:
     """W [n, k], double-quantized."""
 
-    packed: Tensor
-    codes: Tensor
-    nested: nf4.Nested
-    shape: tuple[int, int]
+    q: nf4.QuantizedTensor
 
     @classmethod
     def normal(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Weight:
         w = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
-        packed, absmax = nf4.quantize(w)
-        codes, nested = nf4.quantize_absmax(absmax)
-        return cls(packed, codes, nested, shape)
+        return cls(nf4.quantize(w))
 
     @classmethod
     def of_random_codes(cls, shape: tuple[int, int]) -> Weight:
@@ -46,33 +41,32 @@ class Weight:
         n, k = shape
         packed = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=random)
         codes = torch.randint(0, 256, (n * k // 64,), dtype=torch.uint8, generator=random)
-        nested = torch.rand(-(-codes.numel() // 256), generator=random) / 4
-        return cls(packed, codes, nf4.Nested(nested, torch.tensor(1.0)), shape)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"shape": self.shape, "nested": self.nested}
+        nested = nf4.Nested(torch.rand(-(-codes.numel() // 256), generator=random) / 4, torch.tensor(1.0))
+        return cls(nf4.QuantizedTensor(packed=packed, absmax=codes, nested=nested, shape=shape))
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.codes.nbytes + self.nested.absmax.nbytes
+        """All but the offset, one number."""
+        return self.q.nbytes - 4
 
     def rows(self, first: int, count: int) -> Weight:
         """A part of it: first * k must be a multiple of 64 * 256, where a block of both kinds begins."""
-        k = self.shape[1]
+        q, k = self.q, self.q.shape[1]
         begin, end = first * k // 64, -(-(first + count) * k // 64)
-        nested = nf4.Nested(self.nested.absmax[begin // 256 : -(-end // 256)], self.nested.offset)
-        return Weight(self.packed[begin * 32 : end * 32], self.codes[begin:end], nested, (count, k))
+        packed, absmax = q.packed[begin * 32 : end * 32], q.absmax[begin:end]
+        assert q.nested is not None
+        nested = nf4.Nested(q.nested.absmax[begin // 256 : -(-end // 256)], q.nested.offset)
+        return Weight(replace(q, packed=packed, absmax=absmax, nested=nested, shape=(count, k)))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W decoded. In float64 it is the float32 one widened, which is how the reference defines it."""
         narrow = torch.float32 if dtype == torch.float64 else dtype
-        return nf4.dequantize(self.packed, self.codes, dtype=narrow, **self.options).to(dtype)
+        return nf4.dequantize(self.q, dtype=narrow).to(dtype)
 
     def product(self) -> Callable[[Tensor], Tensor]:
         """x -> x Wᵀ for few rows: in C prepared once, as quant.QuantizedLinear does, elsewhere as it comes."""
-        prepared: Callable[[Tensor], Tensor] | None = nf4.prepare_matmul(self.packed, self.codes, **self.options)
-        return prepared or (lambda x: nf4.matmul(x, self.packed, self.codes, **self.options))
+        prepared: Callable[[Tensor], Tensor] | None = nf4.prepare_matmul(self.q)
+        return prepared or (lambda x: nf4.matmul(x, self.q))
 
 
 def normal_x(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -83,18 +77,15 @@ Candidates = dict[str, Callable[[], Tensor]]
 
 
 def _few(weight: Weight, x: Tensor, product: Callable[[Tensor], Tensor], dense: Tensor) -> Candidates:
-    theirs = competitor.products(x, weight.packed, weight.codes, weight.nested, shape=weight.shape)
-    return {OURS: lambda: product(x), DENSE: lambda: F.linear(x, dense), **theirs}
+    return {OURS: lambda: product(x), DENSE: lambda: F.linear(x, dense), **competitor.products(x, weight.q)}
 
 
 def _forward(weight: Weight, x: Tensor, dense: Tensor) -> Candidates:
-    parts, options = (weight.packed, weight.codes), weight.options
-    return {OURS: lambda: nf4.matmul(x, *parts, **options), DENSE: lambda: F.linear(x, dense)}
+    return {OURS: lambda: nf4.matmul(x, weight.q), DENSE: lambda: F.linear(x, dense)}
 
 
 def _backward(weight: Weight, dy: Tensor, dense: Tensor) -> Candidates:
-    parts, options = (weight.packed, weight.codes), weight.options
-    return {OURS: lambda: nf4.matmul_backward(dy, *parts, **options), DENSE: lambda: dy @ dense}
+    return {OURS: lambda: nf4.matmul_backward(dy, weight.q), DENSE: lambda: dy @ dense}
 
 
 @torch.inference_mode()

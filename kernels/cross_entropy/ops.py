@@ -4,8 +4,8 @@ The loss is the last operation of a forward pass, so its incoming gradient is on
 the logits exist, and the backward multiplies them by g. Saved for backward: dh [n, D], and dW [V, D] if the head is
 trained. Of the logits [n, V] only a part exists at a time:
 
-    slices.py    torch, on any device: one slice of the vocabulary at a time
-    rows.py      Triton, on a GPU: a few rows at a time
+    vocabulary_slices.py    torch, on any device: one slice of the vocabulary at a time
+    row_chunks.py           Triton, on a GPU: a few rows at a time
 
 In both, the platform's GEMM rounds the logits of 16-bit inputs to 16 bits, and they are converted to float32 before
 the softmax. A model in that dtype does the same at inference.
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import choose_backend, is_traced, without_autocast
-from . import rows, slices, torch_ops
+from . import row_chunks, torch_ops, vocabulary_slices
 from .checks import check_arguments, check_labels
 
 
@@ -44,13 +44,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, back
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """L = sum of cross-entropies; the equations are in slices.py and rows.py."""
+    """L = sum of cross-entropies; the equations are in vocabulary_slices.py and row_chunks.py."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, on_gpu: bool) -> Tensor:
         """hidden [n, D], weight [V, D], labels [n] -> L []."""
         wants_h, wants_w = ctx.needs_input_grad[:2]
-        compute = rows.loss_and_gradients if on_gpu else slices.loss_and_gradients
+        compute = row_chunks.loss_and_gradients if on_gpu else vocabulary_slices.loss_and_gradients
         with without_autocast(hidden):
             loss, dh, dw = compute(hidden, weight, labels, wants_hidden=wants_h, wants_weight=wants_w)
         ctx.save_for_backward(dh, dw)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose_backend
-from . import rows, slices
+from . import row_chunks, vocabulary_slices
 from .checks import check_labels
 
 NAMESPACE = __name__.split(".")[0]
@@ -18,7 +18,8 @@ def _loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_labels(labels, weight.shape[0])
-    compute = rows.loss_and_gradients if choose_backend(hidden, None) == "triton" else slices.loss_and_gradients
+    on_gpu = choose_backend(hidden, None) == "triton"
+    compute = row_chunks.loss_and_gradients if on_gpu else vocabulary_slices.loss_and_gradients
     hidden, weight, labels = hidden.detach(), weight.detach(), labels.contiguous()
     loss, dh, dw = compute(hidden, weight, labels, wants_hidden=wants_hidden, wants_weight=wants_weight)
     return loss, hidden.new_empty(0) if dh is None else dh, weight.new_empty(0) if dw is None else dw

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import has_tangent, is_traced, kept
+from .tracing import cached_unless_traced, has_tangent, is_traced
 
 __all__ = [
     "BACKENDS",
     "FLOATS",
     "BackendStatus",
     "available_backends",
+    "cached_unless_traced",
     "check_together",
     "choose_backend",
     "has_tangent",
     "is_traced",
-    "kept",
     "launching_on",
     "processors",
     "why_no_triton",

@@ -28,7 +28,7 @@ def is_traced() -> bool:
     )
 
 
-def kept(make: Callable[P, T]) -> Callable[P, T]:
+def cached_unless_traced(make: Callable[P, T]) -> Callable[P, T]:
     """`make` with its results, tensors, cached; those made while tracing are not, since they may have no memory."""
     keep = lru_cache(maxsize=64)(make)
 

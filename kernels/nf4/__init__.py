@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..dispatch import BackendStatus
 from .backends import available_backends
-from .checks import BLOCK_SIZES
-from .codebook import DYNAMIC, FP4, NF4, Kind, check_kind
+from .checks import BLOCK_SIZES, QuantizationError, check_kind
+from .codebook import DYNAMIC, FP4, NF4, Kind
 from .cpu import Matmul
-from .errors import QuantizationError
-from .ops import dequantize, quantize, quantize_absmax
-from .products import FUSED_ROWS, fused_rows, matmul, matmul_backward, prepare_matmul
-from .reference import Nested
+from .crossover import FUSED_ROWS, fused_rows
+from .eager import prepare_matmul
+from .ops import dequantize, matmul, matmul_backward, quantize, quantize_absmax
+from .tensor import Nested, QuantizedTensor
 from .torch_ops import nf4_matmul
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Matmul",
     "Nested",
     "QuantizationError",
+    "QuantizedTensor",
     "available_backends",
     "check_kind",
     "dequantize",

@@ -13,8 +13,7 @@ import torch
 from ..dispatch import BackendStatus, why_no_triton, why_not_triton
 from ..native import NativeBuildError
 from . import cpu
-from .checks import FLOATS
-from .errors import QuantizationError
+from .checks import FLOATS, QuantizationError
 
 BACKENDS = ("triton", "c", "reference")
 

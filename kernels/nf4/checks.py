@@ -1,37 +1,37 @@
-"""What the arguments of the operations must be: past these checks no kernel reads or writes out of bounds."""
+"""The one error of `kernels.nf4` and `quant`, and what arguments must be.
+
+Past these checks, and those of `QuantizedTensor`, no kernel reads or writes out of bounds.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import has_tangent
-from .codebook import Kind, check_kind
-from .errors import QuantizationError
-from .reference import NESTED_BLOCK_SIZE, Nested
+from .codebook import TABLES, Kind
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Packed(NamedTuple):
-    """A tensor in 4 bits whose parts fit each other: what kernels are given."""
+class QuantizationError(ValueError):
+    """An argument or a file is not what it must be; the message says what was got, what was wanted, and what to do."""
 
-    packed: Tensor  # uint8 [ceil(numel / 2)]
-    absmax: Tensor  # float32 [blocks], or uint8 [blocks] with `nested`
-    nested: Nested | None
-    shape: tuple[int, ...]
-    kind: Kind
-    block_size: int
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+def check_kind(kind: str) -> Kind:
+    """Return `kind`, or raise QuantizationError naming the two there are."""
+    if not isinstance(kind, str) or kind not in TABLES:
+        raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
+    return kind
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise QuantizationError unless blocks may have this size."""
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
+        raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
 
 
 def check_weight(w: Tensor) -> None:
@@ -58,13 +58,17 @@ def check_absmax(absmax: Tensor) -> None:
     _check_memory("absmax", absmax)
 
 
-def check_x(x: Tensor, shape: Sequence[int], device: torch.device, *, name: str = "x") -> None:
-    """Raise QuantizationError unless `x` can be multiplied by a weight of `shape`."""
-    _check_tensor(name, x)
+def check_matrix(shape: Sequence[int]) -> None:
+    """Raise QuantizationError unless a weight of this shape can be multiplied."""
     if len(shape) != 2:
         raise QuantizationError(f"shape={list(shape)}: the weight of a product has shape [N, K]")
-    if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise QuantizationError(f"{name} has shape {list(x.shape)}: wanted [..., {shape[1]}]")
+
+
+def check_x(x: Tensor, features: int, device: torch.device, *, name: str = "x") -> None:
+    """Raise QuantizationError unless `x` is [..., features] and can be multiplied by a weight on `device`."""
+    _check_tensor(name, x)
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise QuantizationError(f"{name} has shape {list(x.shape)}: wanted [..., {features}]")
     if x.dtype not in (*FLOATS, torch.float64):
         raise QuantizationError(f"{name} is {x.dtype}: wanted float32, float16, bfloat16 or float64")
     if x.device != device:
@@ -87,39 +91,8 @@ def check_bias(bias: Tensor | None, out_features: int, x: Tensor) -> None:
         )
 
 
-def check_block_size(block_size: int) -> None:
-    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
-        raise QuantizationError(f"block_size={block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
-
-
-def check_packed(
-    packed: Tensor, absmax: Tensor, nested: Nested | None, shape: Sequence[int], kind: str, block_size: int
-) -> Packed:
-    """The parts together. Raises QuantizationError: they do not fit each other."""
-    known = check_kind(kind)
-    check_block_size(block_size)
-    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) for size in shape):
-        raise QuantizationError(f"shape={shape!r}: wanted a tuple of whole numbers")
-    if min(shape, default=1) < 1:
-        raise QuantizationError(f"shape={list(shape)}: every dimension must be at least 1")
-    numel = math.prod(shape)
-    blocks = -(-numel // block_size)
-    _check_part("packed", packed, torch.uint8, (numel + 1) // 2, None)
-    if nested is None:
-        if isinstance(absmax, Tensor) and absmax.dtype == torch.uint8:
-            raise QuantizationError("absmax is uint8 but nested is missing: pass nested=Nested(absmax, offset)")
-        _check_part("absmax", absmax, torch.float32, blocks, packed.device)
-    else:
-        if not isinstance(nested, Nested):
-            raise QuantizationError(f"nested is a {type(nested).__name__}: wanted nf4.Nested(absmax, offset)")
-        _check_part("absmax", absmax, torch.uint8, blocks, packed.device)
-        nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
-        _check_part("nested.absmax", nested.absmax, torch.float32, nested_blocks, packed.device)
-        _check_part("nested.offset", nested.offset, torch.float32, 1, packed.device)
-    return Packed(packed, absmax, nested, tuple(shape), known, block_size)
-
-
-def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device | None) -> None:
+def check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device: torch.device | None) -> None:
+    """Raise QuantizationError unless a part of a QuantizedTensor has this dtype, size and device."""
     if not isinstance(part, Tensor):
         raise QuantizationError(f"{name} is {part!r}: wanted a {dtype} tensor of {numel}")
     if part.dtype != dtype:
@@ -129,7 +102,7 @@ def _check_part(name: str, part: Tensor, dtype: torch.dtype, numel: int, device:
             f"{name} has {part.numel()} elements, but shape and block_size ask for {numel}: "
             "it is truncated, or belongs to another tensor"
         )
-    if device is not None and part.device != device:
+    if part.device != device:
         raise QuantizationError(f"{name} is on {part.device}, packed on {device}: move them together")
     _check_memory(name, part)
 
@@ -148,25 +121,23 @@ def _check_memory(name: str, t: Tensor) -> None:
         raise QuantizationError(
             f"{name} {list(t.shape)} is not contiguous (strides {t.stride()}): pass {name}.contiguous()"
         )
-    if t.is_neg():
+    if not torch.compiler.is_compiling() and t.is_neg():  # torch.compile cannot ask; the operation it records does
         raise QuantizationError(f"{name} is a negative that torch has not written out: pass {name}.resolve_neg()")
 
 
-def check_out(out: Tensor, dtype: torch.dtype, w: Packed) -> None:
-    """Raise QuantizationError unless W in `dtype` can be written there."""
+def check_out(out: Tensor, dtype: torch.dtype, shape: Sequence[int], parts: Sequence[Tensor | None]) -> None:
+    """Raise QuantizationError unless what `parts` decode to, of `shape` and `dtype`, can be written into `out`."""
     _check_tensor("out", out)
-    shape, device = w.shape, w.packed.device
+    device = next(part.device for part in parts if part is not None)
     got, want = (tuple(out.shape), out.dtype, out.device), (tuple(shape), dtype, device)
     if got != want:
         raise QuantizationError(
             f"out is {got[1]} {list(got[0])} on {got[2]}: wanted {want[1]} {list(want[0])} on {want[2]}"
         )
-    if not out.is_contiguous() or out.is_neg():
-        raise QuantizationError(f"out is not contiguous (strides {out.stride()}), or a negative not written out")
+    _check_memory("out", out)
     if out.requires_grad and torch.is_grad_enabled():
         raise QuantizationError("out requires a gradient, and what is written there has none: pass out.detach()")
-    parts = (w.packed, w.absmax) if w.nested is None else (w.packed, w.absmax, *w.nested)
-    if any(_overlap(out, part) for part in parts):
+    if any(_overlap(out, part) for part in parts if part is not None):
         raise QuantizationError("out shares memory with what is decoded into it: pass memory of its own")
 
 

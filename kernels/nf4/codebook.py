@@ -32,8 +32,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..dispatch import kept
-from .errors import QuantizationError
+from ..dispatch import cached_unless_traced
 
 Kind = Literal["nf4", "fp4"]
 
@@ -93,13 +92,6 @@ TABLES: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 DENOMINATORS: dict[Kind, int] = {"nf4": 15586, "fp4": 16320}
 
 
-def check_kind(kind: str) -> Kind:
-    """Return `kind`, or raise QuantizationError naming the two there are."""
-    if not isinstance(kind, str) or kind not in TABLES:
-        raise QuantizationError(f"kind={kind!r} is not a 4-bit code: use 'nf4' or 'fp4'")
-    return kind
-
-
 def ascending(kind: Kind) -> tuple[list[float], list[int]]:
     """The table in ascending order, and the code of each place in it (for NF4, the place itself)."""
     table = TABLES[kind]
@@ -112,13 +104,13 @@ def midpoints(values: list[float]) -> list[float]:
     return [_f32(_f32(a + b) / 2) for a, b in pairwise(values)]
 
 
-@kept
+@cached_unless_traced
 def table(kind: Kind, device: torch.device) -> Tensor:
     """float32 [16] on `device`; shared, so never write to it."""
     return torch.tensor(TABLES[kind], dtype=torch.float32, device=device)
 
 
-@kept
+@cached_unless_traced
 def thresholds(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
     """(float32 [15] ascending thresholds, uint8 [16] code of each interval) on `device`."""
     values, codes = ascending(kind)
@@ -141,7 +133,7 @@ def bucket_of(x: float, count: int) -> int:
     return round(x * (2 * count - 4)) + 2 >> 2  # an exact product in float64, and `round` takes ties to even
 
 
-@kept
+@cached_unless_traced
 def buckets(kind: Kind, device: torch.device) -> Tensor:
     """int32 [2, BUCKETS[kind]] on `device`: how a bucket, by its number modulo BUCKETS[kind], leads to a place.
 
@@ -158,13 +150,13 @@ def buckets(kind: Kind, device: torch.device) -> Tensor:
     return torch.stack([threshold.view(torch.int32), torch.tensor(below, dtype=torch.int32, device=device)])
 
 
-@kept
+@cached_unless_traced
 def dynamic_table(device: torch.device) -> Tensor:
     """float32 [256], the 8-bit dynamic map, ascending."""
     return torch.tensor(DYNAMIC, dtype=torch.float32, device=device)
 
 
-@kept
+@cached_unless_traced
 def dynamic_grid(device: torch.device) -> Tensor:
     """uint8 [65536]: the code of each point of an even grid over [-1, 1] (see reference.quantize_absmax)."""
     return torch.from_numpy(grid_codes()).to(device, copy=True)

@@ -24,27 +24,16 @@ Left out: quantizing from float64, and any search for a better absmax than the l
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import QuantizationError
 from .codebook import Kind, dynamic_grid, dynamic_table, table, thresholds
-from .errors import QuantizationError
+from .tensor import NESTED_BLOCK_SIZE, Nested, QuantizedTensor
 
-NESTED_BLOCK_SIZE = 256
 TINY = 1e-38  # absmax below this counts as this: 0 * (1 / TINY) is 0, and 0 has a code
 CHUNK = 1 << 20  # elements quantized at a time: a multiple of every block size, and temporaries stay small
-
-
-class Nested(NamedTuple):
-    """What turns 8-bit absmax codes back into float32."""
-
-    absmax: Tensor  # float32 [ceil(blocks / 256)]
-    offset: Tensor  # float32 [], the mean that was subtracted
 
 
 def quantize(w: Tensor, *, kind: Kind, block_size: int) -> tuple[Tensor, Tensor]:
@@ -91,18 +80,19 @@ def name_nonfinite(w: Tensor) -> str:
     return f"w{where} is {value}: only finite values can be quantized; find out what produced it"
 
 
-def dequantize(
-    packed: Tensor, absmax: Tensor, *, shape: Sequence[int], kind: Kind, block_size: int, dtype: torch.dtype
-) -> Tensor:
-    """w[i] = table[code[i]] * absmax[i // block_size], rounded once to `dtype`.
+def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """w[i] = table[code[i]] * absmax[i // block_size], of q.shape, rounded once to `dtype`.
 
-    packed: uint8 [ceil(numel / 2)]; absmax: float32 [ceil(numel / block_size)]. Returns `shape`.
+    out: memory of that shape and dtype to write into.
     """
-    numel = math.prod(shape)
-    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[:numel]
-    values = table(kind, packed.device)[codes.int()]
-    blocks = F.pad(values, (0, -numel % block_size)).view(-1, block_size)  # [blocks, block_size]
-    return (blocks * absmax[:, None]).view(-1)[:numel].to(dtype).view(list(shape))
+    packed, absmax = q.packed.view(-1), q.absmax.view(-1)
+    if q.nested is not None:
+        absmax = dequantize_absmax(absmax, Nested(q.nested.absmax.view(-1), q.nested.offset.view(())))
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1)[: q.numel]
+    values = table(q.kind, packed.device)[codes.int()]
+    blocks = F.pad(values, (0, -q.numel % q.block_size)).view(-1, q.block_size)  # [blocks, block_size]
+    result = (blocks * absmax[:, None]).view(-1)[: q.numel].to(dtype).view(q.shape)
+    return result if out is None else out.copy_(result)
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:

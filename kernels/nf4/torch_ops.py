@@ -13,25 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_absmax, check_block_size, check_weight
-from .ops import dequantize_now, quantize_absmax_now, quantize_now
-from .products import matmul_backward_now, matmul_now
-from .reference import NESTED_BLOCK_SIZE, Nested
+from .checks import check_absmax, check_block_size, check_kind, check_weight
+from .eager import dequantize_eager, matmul_backward_eager, matmul_eager, quantize_absmax_eager, quantize_eager
+from .tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
 NAMESPACE = __name__.split(".")[0]
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 
 
-def _nested(absmax: Tensor | None, offset: Tensor | None) -> Nested | None:
-    return None if absmax is None or offset is None else Nested(absmax, offset)
+def _weight(parts: Sequence[Tensor | None], shape: Sequence[int], kind: str, block_size: int) -> QuantizedTensor:
+    """What the schema has as tensors and numbers, as one value. Its dtype, of which no operation makes use, is any."""
+    known = check_kind(kind)
+    return QuantizedTensor.from_parts(parts, shape=tuple(shape), kind=known, block_size=block_size, dtype=torch.float32)
 
 
 def _quantize(w: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor]:
-    return quantize_now(w, kind=kind, block_size=block_size)
+    q = quantize_eager(w, kind=kind, block_size=block_size, double_quant=False)
+    return q.packed, q.absmax
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes, nested = quantize_absmax_now(absmax)
+    codes, nested = quantize_absmax_eager(absmax)
     return codes, *nested
 
 
@@ -45,8 +47,8 @@ def _dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    nested = _nested(nested_absmax, nested_offset)
-    return dequantize_now(packed, absmax, shape=shape, kind=kind, block_size=block_size, dtype=dtype, nested=nested)
+    q = _weight((packed, absmax, nested_absmax, nested_offset), shape, kind, block_size)
+    return dequantize_eager(q, dtype=dtype)
 
 
 def _matmul(
@@ -59,8 +61,8 @@ def _matmul(
     kind: str,
     block_size: int,
 ) -> Tensor:
-    nested, shape = _nested(nested_absmax, nested_offset), (out_features, x.shape[-1])
-    return matmul_now(x.detach(), packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+    shape = (out_features, x.shape[-1])
+    return matmul_eager(x.detach(), _weight((packed, absmax, nested_absmax, nested_offset), shape, kind, block_size))
 
 
 def _matmul_backward(
@@ -73,9 +75,8 @@ def _matmul_backward(
     kind: str,
     block_size: int,
 ) -> Tensor:
-    nested, shape = _nested(nested_absmax, nested_offset), (dy.shape[-1], in_features)
-    dy = dy.detach().contiguous()
-    return matmul_backward_now(dy, packed, absmax, shape=shape, kind=kind, block_size=block_size, nested=nested)
+    q = _weight((packed, absmax, nested_absmax, nested_offset), (dy.shape[-1], in_features), kind, block_size)
+    return matmul_backward_eager(dy.detach().contiguous(), q)
 
 
 nf4_quantize = torch.library.custom_op(

@@ -45,7 +45,7 @@ def save_checkpoint(
         # The number of updates is not the step: a step that was not finite made none.
         updates = {"updates": str(trainer.optimizer.steps)}
         try:
-            save_file(trainer.optimizer.state(), building / "optimizer.safetensors", metadata=updates)
+            save_file(trainer.optimizer.state_dict(), building / "optimizer.safetensors", metadata=updates)
         except SafetensorError as fault:  # its own type, also for a full disk
             raise TrainingError(f"{target}: cannot be written ({fault}): older checkpoints are kept") from None
         (building / "trainer.json").write_text(
@@ -88,7 +88,7 @@ def restore_optimizer(trainer: Trainer, folder: Path, *, step: int) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             updates = int((file.metadata() or {})["updates"])
-        trainer.optimizer.load_state(load_file(path), steps=updates)
+        trainer.optimizer.load_state_dict(load_file(path), steps=updates)
     except (SafetensorError, OSError, ValueError, KeyError) as fault:
         raise TrainingError(f"{path}: cannot be read ({fault}): remove {folder} and resume again") from None
     trainer.step = step

@@ -59,13 +59,13 @@ class AdamW:
         for p in self.parameters.values():
             p.grad = None
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """m and v as {"m.NAME": tensor, "v.NAME": tensor}; `steps` is not among them."""
         return {f"{kind}.{name}": t for kind in ("m", "v") for name, t in getattr(self, kind).items()}
 
-    def load_state(self, state: Mapping[str, Tensor], *, steps: int) -> None:
-        """Takes over what `state` gave. Raises ValueError: names or shapes are not those of the parameters."""
-        wanted = {key: t.shape for key, t in self.state().items()}
+    def load_state_dict(self, state: Mapping[str, Tensor], *, steps: int) -> None:
+        """Takes over what `state_dict` gave. Raises ValueError: names or shapes are not those of the parameters."""
+        wanted = {key: t.shape for key, t in self.state_dict().items()}
         odd = sorted(key for key in {*wanted, *state} if key not in state or wanted.get(key) != state[key].shape)
         if odd:
             raise ValueError(f"{odd[0]} is missing, unexpected or of another shape ({len(odd)} such)")

@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from qlorag.kernels import nf4
-from qlorag.kernels.native import LEVELS, build, levels_up_to
-from qlorag.kernels.native.level import FAMILIES
-from qlorag.kernels.nf4 import BLOCK_SIZES, Nested, codebook, cpu
+from qlorag.kernels.native import ISAS, build, isas_up_to
+from qlorag.kernels.native.isa import FAMILIES
+from qlorag.kernels.nf4 import BLOCK_SIZES, Kind, Nested, QuantizedTensor, codebook, cpu
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -28,18 +28,18 @@ ARM = platform.machine() in ("aarch64", "arm64")
 
 
 @pytest.fixture(params=FAMILIES[ARM])
-def level(request, monkeypatch):
+def isa(request, monkeypatch):
     """Each instruction set in turn, as far as this processor has them."""
-    if request.param not in levels_up_to(cpu.best_level()):
-        pytest.skip(f"this processor has {LEVELS[cpu.best_level()]}, not {request.param}")
+    if request.param not in isas_up_to(cpu.best_isa()):
+        pytest.skip(f"this processor has {ISAS[cpu.best_isa()]}, not {request.param}")
     monkeypatch.setenv("QLORAG_CPU_LEVEL", request.param)
     return request.param
 
 
 @pytest.fixture
 def matrix_unit(monkeypatch):
-    """The products of amx.c."""
-    if "amx" not in levels_up_to(cpu.best_level()):
+    """The products of amx_forward.c and amx_backward.c."""
+    if "amx" not in isas_up_to(cpu.best_isa()):
         pytest.skip("this processor has no AMX")
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "amx")
 
@@ -85,11 +85,11 @@ class Call:
     shape: tuple[int, int] = (0, 0)
     rows: int = 0
 
-    def encode(self, level: str, short: int | None = None, by: int = 1) -> bytes:
+    def encode(self, isa: str, short: int | None = None, by: int = 1) -> bytes:
         """As driver.c reads it; buffer `short`, if given, is that many bytes too small."""
         header = (
             OPERATIONS.index(self.operation),
-            LEVELS.index(level),
+            ISAS.index(isa),
             cpu.DTYPES[self.dtype],
             self.threads,
             self.stream,
@@ -123,13 +123,13 @@ class Driver:
         command = [*self.command, str(calls), str(self.folder / "results")]
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
 
-    def run(self, calls: Sequence[Call], level: str) -> list[list[Tensor]]:
+    def run(self, calls: Sequence[Call], isa: str) -> list[list[Tensor]]:
         """Return the outputs of each call."""
-        done = self.start(b"".join(call.encode(level) for call in calls))
+        done = self.start(b"".join(call.encode(isa) for call in calls))
         assert done.returncode == 0, done.stderr[-4000:]
         content = (self.folder / "results").read_bytes()
         best = struct.unpack_from("<q", content)[0]
-        assert level in levels_up_to(best), f"this is {LEVELS[best]}"
+        assert isa in isas_up_to(best), f"this is {ISAS[best]}"
         place, results = 8, []
         for call in calls:
             assert struct.unpack_from("<q", content, place) == (call.returns,), call
@@ -143,10 +143,10 @@ class Driver:
         assert place == len(content)
         return results
 
-    def check(self, calls: Sequence[Call], level: str) -> None:
-        """Run `calls` at `level`: the bits of the reference, or at most twice torch's error."""
+    def check(self, calls: Sequence[Call], isa: str) -> None:
+        """Run `calls` at `isa`: the bits of the reference, or at most twice torch's error."""
         squares: Counter[tuple[str, torch.dtype]] = Counter()
-        for call, got in zip(calls, self.run(calls, level), strict=True):
+        for call, got in zip(calls, self.run(calls, isa), strict=True):
             if call.operation == "quantize" and not call.returns:
                 continue  # refused: what was written is of no use
             if call.exact is None:
@@ -174,13 +174,13 @@ LAST_BYTE_USED = {
     ids=lambda p: f"{p[0]}-{str(p[1])[6:]}-{p[2]}",
 )
 def one_byte_short(request, calls) -> Callable[[str], bytes]:
-    """Level -> an encoded call with one buffer too small."""
+    """ISA -> an encoded call with one buffer too small."""
     *kernel, buffer = request.param
     of_kernel = [call for group in calls.values() for call in group if [call.operation, call.dtype] == kernel]
     # One byte less than one byte would be none, and of an empty allocation one byte may be read.
     usual = [call for call in of_kernel if all(part is not None and part.nbytes > 1 for part in call.inputs)]
     call = next(call for call in usual if call.numel > 100 and call.rows < 5)  # more are for masked stores, unseen
-    return lambda level: call.encode(level, short=buffer)
+    return lambda isa: call.encode(isa, short=buffer)
 
 
 @pytest.fixture(scope="session")
@@ -216,9 +216,10 @@ def random_bytes(count: int, seed: int) -> Tensor:
 
 
 def weight(
-    numel: int, block_size: int, *, double_quant: bool, wide: bool = False
-) -> tuple[Tensor, Tensor, Nested | None]:
+    shape: tuple[int, ...], block_size: int, *, kind: Kind = "nf4", double_quant: bool, wide: bool = False
+) -> QuantizedTensor:
     """Any codes, and scales that differ from block to block: `wide`, from subnormal results to overflow in float16."""
+    numel = math.prod(shape)
     blocks = -(-numel // block_size)
     absmax = torch.rand(blocks, generator=generator(1)) + 0.1
     if wide:
@@ -227,29 +228,30 @@ def weight(
     if double_quant:
         absmax = random_bytes(blocks, 3)
         nested = Nested(torch.rand(-(-blocks // 256), generator=generator(4)), torch.tensor(1.3))
-    return random_bytes((numel + 1) // 2, numel), absmax, nested
+    packed = random_bytes((numel + 1) // 2, numel)
+    return QuantizedTensor(packed=packed, absmax=absmax, nested=nested, shape=shape, kind=kind, block_size=block_size)
 
 
-def weight_inputs(packed: Tensor, absmax: Tensor, nested: Nested | None, kind: str) -> tuple[Tensor | None, ...]:
-    return (packed, absmax, *(nested or (None, None)), codebook.dynamic_table(CPU), codebook.table(kind, CPU))
+def weight_inputs(q: QuantizedTensor) -> tuple[Tensor | None, ...]:
+    return (*q.parts, codebook.dynamic_table(CPU), codebook.table(q.kind, CPU))
 
 
 def dequantize_calls() -> Iterable[Call]:
     """Every block size with whole, ragged, odd and one-element tensors, two nested blocks, and 60,000 scales."""
     sizes = [(b, n) for b in BLOCK_SIZES for n in (1, 2, 31, 32, b - 1, 2 * b + 17, 3 * b + 32)] + [(32, 300 * 32 + 5)]
     for (block_size, numel), kind, dtype, double_quant in itertools.product(sizes, KINDS, FLOATS, (False, True)):
-        packed, absmax, nested = weight(numel, block_size, double_quant=double_quant, wide=True)
+        q = weight((numel,), block_size, kind=kind, double_quant=double_quant, wide=True)
         options = {"block_size": block_size, "dtype": dtype}
-        want = nf4.dequantize(packed, absmax, shape=(numel,), kind=kind, nested=nested, **options, backend="reference")
-        inputs = weight_inputs(packed, absmax, nested, kind)
+        want = nf4.dequantize(q, dtype=dtype, backend="reference")
+        inputs = weight_inputs(q)
         for stream in (False, True):
             yield Call("dequantize", inputs, (want,), numel=numel, stream=stream, **options)
     bits = torch.randint(0, 0x7F800001, (20_000,), dtype=torch.int32, generator=generator(5))
     packed = torch.full((bits.numel() * 16,), 0xF1, dtype=torch.uint8)  # codes 15 and 1: never 0 * infinity
     for dtype in FLOATS:
-        absmax, numel, options = bits.view(torch.float32), bits.numel() * 32, {"block_size": 32, "dtype": dtype}
-        want = nf4.dequantize(packed, absmax, shape=(numel,), **options, backend="reference")
-        yield Call("dequantize", weight_inputs(packed, absmax, None, "nf4"), (want,), numel=numel, **options)
+        q = QuantizedTensor(packed=packed, absmax=bits.view(torch.float32), shape=(bits.numel() * 32,), block_size=32)
+        want = nf4.dequantize(q, dtype=dtype, backend="reference")
+        yield Call("dequantize", weight_inputs(q), (want,), numel=q.numel, block_size=32, dtype=dtype)
 
 
 def quantize_calls() -> Iterable[Call]:
@@ -270,8 +272,8 @@ def quantize_calls() -> Iterable[Call]:
         block = F.pad(torch.cat([torch.tensor([1.0, -0.0]), bounds, *near]), (0, 17))  # 64 values, the largest is 1
         tensors.append(((2.0 ** torch.arange(-149, 128)[:, None] * block).view(-1), 64))
     for (w, block_size), kind in itertools.product(tensors, KINDS):
-        want = nf4.quantize(w, kind=kind, block_size=block_size, backend="reference")
-        inputs = (w, *codebook.thresholds(kind, CPU))
+        q = nf4.quantize(w, kind=kind, block_size=block_size, double_quant=False, backend="reference")
+        inputs, want = (w, *codebook.thresholds(kind, CPU)), (q.packed, q.absmax)
         yield Call("quantize", inputs, want, returns=1, dtype=w.dtype, block_size=block_size, numel=w.numel())
     for dtype, place, bad in itertools.product(FLOATS, (0, 31, 64, 199), (math.nan, math.inf, -math.inf)):
         w = torch.ones(200, dtype=dtype)
@@ -293,21 +295,18 @@ def identity_calls() -> Iterable[Call]:
     """x = I: every weight, each in its place, multiplied by 1 and added to zeros, so nothing is rounded."""
     sizes = itertools.product(BLOCK_SIZES[1:], (64, 192))
     for (block_size, k), kind, dtype, double_quant in itertools.product(sizes, KINDS, FLOATS, (False, True)):
-        parts = weight(7 * k, block_size, double_quant=double_quant)
-        options = {"block_size": block_size, "dtype": dtype}
-        packed, absmax, nested = parts
-        w = nf4.dequantize(packed, absmax, shape=(7, k), kind=kind, nested=nested, **options, backend="reference")
-        inputs = (*weight_inputs(*parts, kind), torch.eye(k, dtype=dtype))
+        q = weight((7, k), block_size, kind=kind, double_quant=double_quant)
+        w = nf4.dequantize(q, dtype=dtype, backend="reference")
+        inputs, options = (*weight_inputs(q), torch.eye(k, dtype=dtype)), {"block_size": block_size, "dtype": dtype}
         yield Call("matmul", inputs, (w.T.contiguous(),), 1, numel=7 * k, shape=(7, k), rows=k, **options)
 
 
 def product_call(rows: int, k: int, n: int, dtype: torch.dtype, block_size: int, *, double_quant: bool) -> Call:
-    packed, absmax, nested = weight(n * k, block_size, double_quant=double_quant)
+    q = weight((n, k), block_size, double_quant=double_quant)
     x = torch.randn(rows, k, generator=generator(k)).to(dtype)
-    options = {"shape": (n, k), "kind": "nf4", "block_size": block_size, "nested": nested}
-    exact = F.linear(x.double(), nf4.dequantize(packed, absmax, **options, dtype=torch.float64))
-    torchs = nf4.matmul(x, packed, absmax, **options, backend="reference")
-    inputs = (*weight_inputs(packed, absmax, nested, "nf4"), x)
+    exact = F.linear(x.double(), nf4.dequantize(q, dtype=torch.float64))
+    torchs = nf4.matmul(x, q, backend="reference")
+    inputs = (*weight_inputs(q), x)
     sizes = {"block_size": block_size, "numel": n * k, "shape": (n, k), "rows": rows}
     return Call("matmul", inputs, (torchs,), returns=1, exact=exact, dtype=dtype, **sizes)
 
@@ -320,12 +319,11 @@ def product_calls() -> Iterable[Call]:
 
 
 def backward_call(rows: int, k: int, n: int, block_size: int, *, double_quant: bool) -> Call:
-    packed, absmax, nested = weight(n * k, block_size, double_quant=double_quant)
+    q = weight((n, k), block_size, double_quant=double_quant)
     dy = torch.randn(rows, n, generator=generator(n)).bfloat16()
-    options = {"shape": (n, k), "kind": "nf4", "block_size": block_size, "nested": nested}
-    exact = dy.double() @ nf4.dequantize(packed, absmax, **options, dtype=torch.float64)
-    torchs = nf4.matmul_backward(dy, packed, absmax, **options, backend="reference")
-    inputs = (*weight_inputs(packed, absmax, nested, "nf4"), dy)
+    exact = dy.double() @ nf4.dequantize(q, dtype=torch.float64)
+    torchs = nf4.matmul_backward(dy, q, backend="reference")
+    inputs = (*weight_inputs(q), dy)
     sizes = {"block_size": block_size, "numel": n * k, "shape": (n, k), "rows": rows}
     return Call("matmul_backward", inputs, (torchs,), returns=1, exact=exact, dtype=torch.bfloat16, **sizes)
 
@@ -345,11 +343,10 @@ def matrix_unit_calls() -> Iterable[Call]:
 def large_calls() -> Iterable[Call]:
     """Work for several threads."""
     w = torch.randn(300_001, generator=generator(0))
-    packed, absmax = nf4.quantize(w, backend="reference")
+    q = nf4.quantize(w, double_quant=False, backend="reference")
     options = {"block_size": 64, "numel": w.numel()}
-    yield Call("quantize", (w, *codebook.thresholds("nf4", CPU)), (packed, absmax), returns=1, **options)
-    back = nf4.dequantize(packed, absmax, shape=w.shape, backend="reference")
-    yield Call("dequantize", weight_inputs(packed, absmax, None, "nf4"), (back,), **options)
+    yield Call("quantize", (w, *codebook.thresholds("nf4", CPU)), (q.packed, q.absmax), returns=1, **options)
+    yield Call("dequantize", weight_inputs(q), (nf4.dequantize(q, backend="reference"),), **options)
     yield product_call(3, 576, 701, torch.float32, 64, double_quant=True)
     yield product_call(3, 576, 701, torch.bfloat16, 64, double_quant=True)
 

@@ -6,7 +6,7 @@
    usage: driver CALLS RESULTS
 
    CALLS    per call: a `call`, then its buffers, each as int64 size and int64 kind, then the bytes if it is INPUT
-   RESULTS  int64 best level; per call: int64 returned, then the bytes of each OUTPUT */
+   RESULTS  int64 best isa; per call: int64 returned, then the bytes of each OUTPUT */
 
 #define _DEFAULT_SOURCE /* mmap, posix_memalign */
 
@@ -21,7 +21,7 @@ enum { ABSENT, INPUT, OUTPUT };
 enum { BUFFERS = 8 };
 
 typedef struct {
-    int64_t operation, level, dtype, threads, stream, block_size, numel, out_features, in_features, rows, denominator;
+    int64_t operation, isa, dtype, threads, stream, block_size, numel, out_features, in_features, rows, denominator;
 } call;
 
 static void stop(const char *why) {
@@ -73,23 +73,23 @@ static void free_buffer(void *start, size_t size) {
 #endif
 
 static int64_t run(const call *c, void *const *b) {
-    const int32_t dtype = (int32_t)c->dtype, level = (int32_t)c->level, threads = (int32_t)c->threads;
+    const int32_t dtype = (int32_t)c->dtype, isa = (int32_t)c->isa, threads = (int32_t)c->threads;
     const packed_tensor q = {b[0], b[1], b[2], b[3], b[4], b[5], c->numel, c->block_size}; /* if it is one */
     if (c->operation == DEQUANTIZE) {
-        const int stream = c->stream && (uintptr_t)b[6] % 64 == 0; /* as in cpu.py */
-        const dequantize_args args = {q, b[6], dtype, level, threads, stream};
+        const int stream = c->stream && (uintptr_t)b[6] % 64 == 0; /* as in calls.py */
+        const dequantize_args args = {q, b[6], dtype, isa, threads, stream};
         qlorag_nf4_dequantize(&args);
         return 0;
     }
     if (c->operation == QUANTIZE) {
-        const quantize_args args = {b[0], b[1], b[2], b[3], b[4], c->numel, c->block_size, dtype, level, threads};
+        const quantize_args args = {b[0], b[1], b[2], b[3], b[4], c->numel, c->block_size, dtype, isa, threads};
         return qlorag_nf4_quantize(&args);
     }
     if (c->operation == QUANTIZE_ABSMAX) {
         qlorag_nf4_quantize_absmax(b[0], b[1], b[2], c->numel, b[3], b[4]);
         return 0;
     }
-    const matmul_args args = {q, c->out_features, c->in_features, level, (int32_t)c->denominator};
+    const matmul_args args = {q, c->out_features, c->in_features, isa, (int32_t)c->denominator};
     if (c->operation == MATMUL_BACKWARD) return qlorag_nf4_matmul_backward(&args, b[6], b[7], c->rows, threads);
     if (c->operation != MATMUL) stop("no such operation");
     return qlorag_nf4_matmul(&args, b[6], b[7], c->rows, dtype, threads);
@@ -99,7 +99,7 @@ int main(int count, char **names) {
     if (count != 3) stop("usage: driver CALLS RESULTS");
     FILE *const calls = fopen(names[1], "rb"), *const results = fopen(names[2], "wb");
     if (!calls || !results) stop("a file cannot be opened");
-    const int64_t best = qlorag_nf4_best_level();
+    const int64_t best = qlorag_nf4_best_isa();
     put(&best, sizeof best, results);
     call c;
     while (fread(&c, sizeof c, 1, calls) == 1) {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from qlorag.kernels.cross_entropy import linear_cross_entropy, slices, torch_ops
+from qlorag.kernels.cross_entropy import linear_cross_entropy, torch_ops, vocabulary_slices
 from qlorag.kernels.cross_entropy.reference import linear_cross_entropy as reference
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,10 +33,10 @@ def results(function: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> li
 
 def few_at_a_time(patch: pytest.MonkeyPatch, rows: int, columns: int, *, cached: int = 1, few: int = 2) -> None:
     """Blocks of so many rows, slices of so many words, so many logits widened at a time; how many rows are few."""
-    patch.setattr(slices, "ROWS", rows)
-    patch.setattr(slices, "TILE", rows * columns)
-    patch.setattr(slices, "CACHED", cached)
-    patch.setattr(slices, "FEW_ROWS", few)
+    patch.setattr(vocabulary_slices, "ROWS", rows)
+    patch.setattr(vocabulary_slices, "TILE", rows * columns)
+    patch.setattr(vocabulary_slices, "CACHED", cached)
+    patch.setattr(vocabulary_slices, "FEW_ROWS", few)
 
 
 def test_by_hand() -> None:
@@ -212,10 +212,9 @@ def test_every_hand_written_backward_is_checked() -> None:
         for path in (root / room).rglob("*.py")
         for name in re.findall(r"class (\w+)\((?:torch\.)?autograd\.Function\)", path.read_text())
     }
-    assert {"LinearCrossEntropy", "LoRABranch"} <= functions
+    assert {"LinearCrossEntropy", "AddLoRAFunction"} <= functions
     covered = {  # Function -> the test that runs gradcheck on it, through its public face
         "LinearCrossEntropy": "tests/kernels/test_cross_entropy.py",
-        "LoRABranch": "tests/lora/test_layer.py",
         "_QuantizedLinearFunction": "tests/quant/test_linear.py",
         "RMSNormFunction": "tests/kernels/test_rms_norm.py",
         "RopeFunction": "tests/kernels/test_rope.py",

@@ -12,11 +12,11 @@ from signal import SIGBUS, SIGSEGV
 
 import pytest
 import torch
-from qlorag.kernels.native import LEVELS, LevelError, build, choose_level, levels_up_to
+from qlorag.kernels.native import ISAS, IsaError, build, choose_isa, isas_up_to
 from qlorag.kernels.nf4 import cpu
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"  # Debian: gcc-aarch64-linux-gnu, qemu-user
-AT_ALL_LEVELS = pytest.mark.parametrize("level", ["scalar", "neon"])
+AT_EVERY_ISA = pytest.mark.parametrize("isa", ["scalar", "neon"])
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def test_it_compiles_without_a_warning(compiler, tmp_path, monkeypatch):
     assert (tmp_path / "cpu.o").stat().st_size > 10_000
 
 
-@AT_ALL_LEVELS
+@AT_EVERY_ISA
 @pytest.mark.parametrize("operation", ["dequantize", "quantize", "matmul", "large"])
-def test_bits_of_the_reference_and_error_of_the_product(driver, calls, operation, level):
-    driver.check(calls[operation], level)
+def test_bits_of_the_reference_and_error_of_the_product(driver, calls, operation, isa):
+    driver.check(calls[operation], isa)
 
 
-@AT_ALL_LEVELS
-def test_one_byte_too_few_is_caught(driver, one_byte_short, level):
+@AT_EVERY_ISA
+def test_one_byte_too_few_is_caught(driver, one_byte_short, isa):
     """So the calls above, which were not caught, read and wrote nothing beyond their buffers."""
-    assert driver.start(one_byte_short(level)).returncode in (-SIGSEGV, -SIGBUS, 128 + SIGSEGV)
+    assert driver.start(one_byte_short(isa)).returncode in (-SIGSEGV, -SIGBUS, 128 + SIGSEGV)
 
 
 def test_a_level_that_the_processor_lacks_is_noticed(driver, calls):
@@ -66,30 +66,30 @@ def test_a_level_that_the_processor_lacks_is_noticed(driver, calls):
         driver.check(calls["large"], "avx2")
 
 
-@AT_ALL_LEVELS
-def test_the_thread_count_does_not_change_a_bit(driver, calls, level):
-    one = driver.run(calls["large"], level)
+@AT_EVERY_ISA
+def test_the_thread_count_does_not_change_a_bit(driver, calls, isa):
+    one = driver.run(calls["large"], isa)
     for threads in (2, 3):
-        many = driver.run([dataclasses.replace(call, threads=threads) for call in calls["large"]], level)
+        many = driver.run([dataclasses.replace(call, threads=threads) for call in calls["large"]], isa)
         for a, b in zip(one, many, strict=True):
             assert all(map(torch.equal, a, b))
 
 
-@AT_ALL_LEVELS
-def test_a_row_of_the_product_does_not_depend_on_the_others(driver, calls, level):
+@AT_EVERY_ISA
+def test_a_row_of_the_product_does_not_depend_on_the_others(driver, calls, isa):
     products = [call for call in calls["matmul"] if call.rows == 9]
-    for call, (together,) in zip(products, driver.run(products, level), strict=True):
+    for call, (together,) in zip(products, driver.run(products, isa), strict=True):
         *w, x = call.inputs
         alone = [
             dataclasses.replace(call, inputs=(*w, row[None]), outputs=(want[None],), rows=1)
             for row, want in zip(x, call.outputs[0], strict=True)
         ]
-        assert torch.equal(torch.cat([y for (y,) in driver.run(alone, level)]), together)
+        assert torch.equal(torch.cat([y for (y,) in driver.run(alone, isa)]), together)
 
 
-@AT_ALL_LEVELS
+@AT_EVERY_ISA
 @pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, 0x7F800001])
-def test_a_nan_scale_stays_nan(driver, calls, level, pattern):
+def test_a_nan_scale_stays_nan(driver, calls, isa, pattern):
     """All-ones is the NaN that rounding by addition would turn into -0."""
     nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
     bad = []
@@ -97,23 +97,23 @@ def test_a_nan_scale_stays_nan(driver, calls, level, pattern):
         packed, absmax, nested, *tables = call.inputs
         if nested is None:
             bad.append(dataclasses.replace(call, inputs=(packed, nan.expand_as(absmax), None, *tables)))
-    assert bad and all(out.isnan().all() for (out,) in driver.run(bad, level))
+    assert bad and all(out.isnan().all() for (out,) in driver.run(bad, isa))
 
 
 def test_the_names_of_levels(monkeypatch):
-    assert [levels_up_to(LEVELS.index(name)) for name in ("scalar", "avx2", "avx512", "neon")] == [
+    assert [isas_up_to(ISAS.index(name)) for name in ("scalar", "avx2", "avx512", "neon")] == [
         ("scalar",),
         ("scalar", "avx2"),
         ("scalar", "avx2", "avx512"),
         ("scalar", "neon"),
     ]
-    neon, avx512 = LEVELS.index("neon"), LEVELS.index("avx512")
-    assert choose_level(neon) == neon
+    neon, avx512 = ISAS.index("neon"), ISAS.index("avx512")
+    assert choose_isa(neon) == neon
     for name in ("scalar", "neon"):
         monkeypatch.setenv("QLORAG_CPU_LEVEL", name)
-        assert choose_level(neon) == LEVELS.index(name)
-    with pytest.raises(LevelError, match="neon, but this processor has avx512: use one of scalar, avx2, avx512, or"):
-        choose_level(avx512)
+        assert choose_isa(neon) == ISAS.index(name)
+    with pytest.raises(IsaError, match="neon, but this processor has avx512: use one of scalar, avx2, avx512, or"):
+        choose_isa(avx512)
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "avx2")
-    with pytest.raises(LevelError, match="avx2, but this processor has neon: use one of scalar, neon, or unset"):
-        choose_level(neon)
+    with pytest.raises(IsaError, match="avx2, but this processor has neon: use one of scalar, neon, or unset"):
+        choose_isa(neon)

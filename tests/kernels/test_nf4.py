@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlorag.kernels import nf4
-from qlorag.kernels.native import LEVELS
+from qlorag.kernels.native import ISAS
 from qlorag.kernels.nf4 import (
     BLOCK_SIZES,
     DYNAMIC,
@@ -19,11 +20,13 @@ from qlorag.kernels.nf4 import (
     NF4,
     Nested,
     QuantizationError,
+    QuantizedTensor,
     codebook,
     cpu,
     reference,
 )
 from qlorag.kernels.nf4.backends import choose_backend
+from qlorag.kernels.nf4.cpu import calls, compiled
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,20 +38,8 @@ def sha256(tensor: torch.Tensor) -> str:
 
 
 def round_trip(w, *, kind="nf4", block_size=64, double_quant=False, dtype=torch.float32, backend=None):
-    packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size)
-    nested = None
-    if double_quant:
-        absmax, nested = nf4.quantize_absmax(absmax)
-    return nf4.dequantize(
-        packed,
-        absmax,
-        shape=w.shape,
-        kind=kind,
-        block_size=block_size,
-        dtype=dtype,
-        nested=nested,
-        backend=backend,
-    )
+    q = nf4.quantize(w, kind=kind, block_size=block_size, double_quant=double_quant)
+    return nf4.dequantize(q, dtype=dtype, backend=backend)
 
 
 # The tables.
@@ -89,7 +80,7 @@ def test_tables_equal_bitsandbytes():
 def test_nf4_codes_are_equally_likely_for_normal_weights():
     """What the quantiles are for. absmax of 64 elements is about 2.4 sigma, so the ends are rarer."""
     generator = torch.Generator().manual_seed(0)
-    packed, _ = nf4.quantize(torch.randn(1 << 18, generator=generator))
+    packed = nf4.quantize(torch.randn(1 << 18, generator=generator)).packed
     codes = torch.stack([packed >> 4, packed & 15]).view(-1)
     share = torch.bincount(codes.int(), minlength=16) / codes.numel()
     assert share.min() > 0.01 and share.max() < 0.11  # an even 4-bit grid puts 0.19 on its middle codes
@@ -100,7 +91,7 @@ def test_denominators_of_fixed_point():
     for kind, most, common in (("nf4", 2.0**-15, 4e-7), ("fp4", 3e-8, 1e-8)):
         denominator, table = codebook.DENOMINATORS[kind], torch.tensor(codebook.TABLES[kind], dtype=torch.float64)
         errors = (table * denominator).round() / denominator - table
-        packed, _ = nf4.quantize(torch.randn(2**20, generator=torch.Generator().manual_seed(0)), kind=kind)
+        packed = nf4.quantize(torch.randn(2**20, generator=torch.Generator().manual_seed(0)), kind=kind).packed
         used = torch.cat([packed >> 4, packed & 15]).long()
         assert denominator <= 2**14 and errors.abs().max() < most
         assert errors.mean().abs() < common and errors[used].mean().abs() < common
@@ -117,9 +108,9 @@ def test_thresholds_and_their_ties():
         )
         w = torch.zeros(32)
         w[:4] = torch.stack([torch.tensor(1.0), threshold, up, down])  # absmax 1: scaling changes nothing
-        packed, absmax = nf4.quantize(w, block_size=32)
-        assert absmax.item() == 1.0
-        first, second = packed[:2].tolist()
+        q = nf4.quantize(w, block_size=32, double_quant=False)
+        assert q.absmax.item() == 1.0
+        first, second = q.packed[:2].tolist()
         assert (first & 15, second >> 4, second & 15) == (i, i + 1, i)  # the tie takes the lower code
 
 
@@ -129,11 +120,11 @@ def test_thresholds_and_their_ties():
 def test_worked_by_hand():
     """The example of quant/README.md: eight numbers, one block, absmax 0.8."""
     w = torch.tensor([0.8, -0.4, 0.0, 0.2, -0.8, 0.1, 0.55, -0.05])
-    packed, absmax = nf4.quantize(w, block_size=64)
-    assert packed.tolist() == [0xF2, 0x7A, 0x09, 0xE6]
-    assert absmax.tolist() == [struct.unpack("<f", struct.pack("<f", 0.8))[0]]
-    expected = torch.tensor([NF4[c] for c in (15, 2, 7, 10, 0, 9, 14, 6)]) * absmax
-    assert torch.equal(nf4.dequantize(packed, absmax, shape=(8,)), expected)
+    q = nf4.quantize(w, block_size=64, double_quant=False)
+    assert q.packed.tolist() == [0xF2, 0x7A, 0x09, 0xE6]
+    assert q.absmax.tolist() == [struct.unpack("<f", struct.pack("<f", 0.8))[0]]
+    expected = torch.tensor([NF4[c] for c in (15, 2, 7, 10, 0, 9, 14, 6)]) * q.absmax
+    assert torch.equal(nf4.dequantize(q), expected)
 
 
 def golden_a() -> torch.Tensor:
@@ -150,38 +141,36 @@ def golden_b() -> torch.Tensor:
 
 
 def test_golden_a():
-    packed, absmax = nf4.quantize(golden_a())
-    assert packed.numpy().tobytes().hex() == (
+    q = nf4.quantize(golden_a(), double_quant=False)
+    assert q.packed.numpy().tobytes().hex() == (
         "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1"
         "6d18e3b04c17e29f3b05d17e2af4c06d18e2a04c16e29f3b05d17e29f3c05d18"
     )
-    assert absmax.tolist() == [0.78125, 0.1953125]
-    plain = nf4.dequantize(packed, absmax, shape=(2, 64))
-    assert sha256(plain) == "01d0a55f13cfa41f9be578d031969f3d7a31055c5e12c962ad32ac4d503e3ac8"
+    assert q.absmax.tolist() == [0.78125, 0.1953125]
+    assert sha256(nf4.dequantize(q)) == "01d0a55f13cfa41f9be578d031969f3d7a31055c5e12c962ad32ac4d503e3ac8"
 
-    codes, nested = nf4.quantize_absmax(absmax)
-    assert codes.tolist() == [255, 0]
-    assert (nested.absmax.tolist(), nested.offset.item()) == ([0.29296875], 0.48828125)
-    recovered = reference.dequantize_absmax(codes, nested)
+    double = nf4.quantize(golden_a())
+    assert torch.equal(double.packed, q.packed) and double.absmax.tolist() == [255, 0]
+    assert (double.nested.absmax.tolist(), double.nested.offset.item()) == ([0.29296875], 0.48828125)
+    recovered = reference.dequantize_absmax(double.absmax, double.nested)
     assert recovered.numpy().tobytes().hex() == "0000483f001c4a3e"
-    double = nf4.dequantize(packed, codes, shape=(2, 64), nested=nested)
-    assert sha256(double) == "f7f429c61048550ff6d69d7c01b3966e55dccfa5ec6dfd2e3d4dd9be6a5df355"
+    assert sha256(nf4.dequantize(double)) == "f7f429c61048550ff6d69d7c01b3966e55dccfa5ec6dfd2e3d4dd9be6a5df355"
 
 
 def test_golden_b_has_two_nested_blocks():
-    packed, absmax = nf4.quantize(golden_b())
-    assert sha256(packed) == "4e7951b44113ce625f5d4c86eae2bfa12859041580e714ef3cc36c7996dcee62"
-    assert sha256(absmax) == "d191d82660b588aa39aa6c7823504bfb030095ae478993118236bf44d38e5a64"
-    plain = nf4.dequantize(packed, absmax, shape=(300, 64))
-    assert sha256(plain) == "925ba0a07fd9a512ab8e9cbbe34ee4d1fd4aa3c92c55a708f89bccdbcb86e4f5"
+    q = nf4.quantize(golden_b(), double_quant=False)
+    assert sha256(q.packed) == "4e7951b44113ce625f5d4c86eae2bfa12859041580e714ef3cc36c7996dcee62"
+    assert sha256(q.absmax) == "d191d82660b588aa39aa6c7823504bfb030095ae478993118236bf44d38e5a64"
+    assert sha256(nf4.dequantize(q)) == "925ba0a07fd9a512ab8e9cbbe34ee4d1fd4aa3c92c55a708f89bccdbcb86e4f5"
 
-    codes, nested = nf4.quantize_absmax(absmax)
+    double = nf4.quantize(golden_b())
+    codes, nested = double.absmax, double.nested
+    assert torch.equal(double.packed, q.packed)
     assert sha256(codes) == "9cbbf410be3f2ba821766bda8a7e58acfa0436f66b1efd380fa083e224a903bd"
     assert codes[:16].tolist() == [2, 26, 48, 162, 205, 229, 255, 2, 24, 48, 162, 208, 231, 252, 2, 26]
     assert nested.absmax.tolist() == pytest.approx([0.374665529, 0.372102052], abs=5e-10)
     assert nested.offset.item() == pytest.approx(0.479826659, abs=5e-10)
-    double = nf4.dequantize(packed, codes, shape=(300, 64), nested=nested)
-    assert sha256(double) == "0bccbe1b84c1639d33dd09a9582b577de17bc192d5af492f71f55c95b48170bc"
+    assert sha256(nf4.dequantize(double)) == "0bccbe1b84c1639d33dd09a9582b577de17bc192d5af492f71f55c95b48170bc"
 
 
 @pytest.mark.oracle
@@ -200,13 +189,15 @@ def test_quantize_equals_bitsandbytes(block_size, kind, dtype):
         want_packed, want = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind)
         _, double = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=True)
         for backend in ("reference", "c"):
-            packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size, backend=backend)
-            assert torch.equal(packed, want_packed.view(-1))
-            assert torch.equal(absmax, want.absmax)
-            codes, nested = nf4.quantize_absmax(absmax, backend=backend)
-            assert torch.equal(codes, double.absmax)
-            assert torch.equal(nested.absmax, double.state2.absmax)
-            assert torch.equal(nested.offset, double.offset)
+            options = {"kind": kind, "block_size": block_size, "backend": backend}
+            q = nf4.quantize(w, **options, double_quant=False)
+            assert torch.equal(q.packed, want_packed.view(-1))
+            assert torch.equal(q.absmax, want.absmax)
+            q = nf4.quantize(w, **options)
+            assert torch.equal(q.packed, want_packed.view(-1))
+            assert torch.equal(q.absmax, double.absmax)
+            assert torch.equal(q.nested.absmax, double.state2.absmax)
+            assert torch.equal(q.nested.offset, double.offset)
 
 
 @pytest.mark.oracle
@@ -243,9 +234,9 @@ def test_absmax_codes_equal_bitsandbytes_on_many_values():
 def test_zero_blocks_stay_zero():
     w = torch.zeros(3 * 64 + 5)
     w[64:128] = torch.linspace(-1, 1, 64)
-    packed, absmax = nf4.quantize(w)
-    assert packed[:32].tolist() == [0x77] * 32 and packed[64:].tolist() == [0x77] * 35
-    assert absmax[0] == 0 and absmax[2] == 0
+    q = nf4.quantize(w, double_quant=False)
+    assert q.packed[:32].tolist() == [0x77] * 32 and q.packed[64:].tolist() == [0x77] * 35
+    assert q.absmax[0] == 0 and q.absmax[2] == 0
     for double_quant in (False, True):  # with an inexact absmax too: the code of zero is exactly 0
         back = round_trip(w, double_quant=double_quant)
         assert not back[:64].any() and not back[128:].any()
@@ -253,8 +244,8 @@ def test_zero_blocks_stay_zero():
 
 def test_equal_scales_lose_nothing_in_double_quantization():
     w = torch.full((512,), 0.375)
-    codes, nested = nf4.quantize_absmax(nf4.quantize(w)[1])
-    assert nested.absmax.tolist() == [0.0] and codes.tolist() == [0] * 8
+    q = nf4.quantize(w)
+    assert q.nested.absmax.tolist() == [0.0] and q.absmax.tolist() == [0] * 8
     assert torch.equal(round_trip(w, double_quant=True), w)
 
 
@@ -278,11 +269,12 @@ def test_error_is_at_most_half_the_widest_gap(values, kind, block_size):
 
 def test_large_tensors_are_quantized_in_chunks_without_a_seam():
     w = torch.randn(reference.CHUNK + 2 * 4096 + 33, generator=torch.Generator().manual_seed(3))
-    packed, absmax = nf4.quantize(w, block_size=4096, backend="reference")
     start = reference.CHUNK - 4096
-    tail_packed, tail_absmax = nf4.quantize(w[start:].clone(), block_size=4096, backend="reference")
-    assert torch.equal(packed[start // 2 :], tail_packed)
-    assert torch.equal(absmax[start // 4096 :], tail_absmax)
+    whole, tail = (
+        nf4.quantize(part, block_size=4096, double_quant=False, backend="reference") for part in (w, w[start:].clone())
+    )
+    assert torch.equal(whole.packed[start // 2 :], tail.packed)
+    assert torch.equal(whole.absmax[start // 4096 :], tail.absmax)
 
 
 def test_reference_in_float64_widens_the_float32_product():
@@ -295,7 +287,7 @@ def test_reference_in_float64_widens_the_float32_product():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_c_equals_the_reference(level, kind, dtype):
+def test_c_equals_the_reference(isa, kind, dtype):
     """Every tail; scales from subnormal results to overflow; nothing written outside `out`."""
     generator = torch.Generator().manual_seed(11)
     counts = (1, 2, 31, 32, 33, 63, 65, 4095, 4096, 3 * 4096 + 49)
@@ -307,50 +299,46 @@ def test_c_equals_the_reference(level, kind, dtype):
         codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
         nested = Nested(torch.rand(-(-blocks // 256), generator=generator), torch.tensor(0.3))
         for scales, second in ((absmax, None), (codes, nested)):
-            arguments = {
-                "shape": (numel,),
-                "kind": kind,
-                "block_size": block_size,
-                "dtype": dtype,
-                "nested": second,
-            }
-            want = nf4.dequantize(packed, scales, **arguments, backend="reference")
+            q = QuantizedTensor(
+                packed=packed, absmax=scales, nested=second, shape=(numel,), kind=kind, block_size=block_size
+            )
+            want = nf4.dequantize(q, dtype=dtype, backend="reference")
             around = torch.full((numel + 70,), float("nan"), dtype=dtype)  # and off the 64-byte alignment
-            got = nf4.dequantize(packed, scales, **arguments, out=around[37 : 37 + numel], backend="c")
+            got = nf4.dequantize(q, dtype=dtype, out=around[37 : 37 + numel], backend="c")
             assert torch.equal(got, want), (block_size, numel, second is not None)
             assert around[:37].isnan().all() and around[37 + numel :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_c_equals_the_reference_when_streaming(level, dtype, monkeypatch):
+def test_c_equals_the_reference_when_streaming(isa, dtype, monkeypatch):
     w = torch.randn(200, 333, generator=torch.Generator().manual_seed(5))
     want = round_trip(w, double_quant=True, dtype=dtype, backend="reference")
-    monkeypatch.setattr(cpu, "STREAM_BYTES", 0)
+    monkeypatch.setattr(calls, "STREAM_BYTES", 0)
     assert torch.equal(round_trip(w, double_quant=True, dtype=dtype, backend="c"), want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_c_rounds_every_kind_of_float_as_torch_does(level, dtype):
+def test_c_rounds_every_kind_of_float_as_torch_does(isa, dtype):
     """One block per scale: 100,000 float32 bit patterns, finite or infinite, are rounded."""
     generator = torch.Generator().manual_seed(13)
     bits = torch.randint(0, 0x7F800001, (100_000,), dtype=torch.int32, generator=generator)
     absmax = bits.view(torch.float32)
     packed = torch.full((absmax.numel() * 16,), 0xF1, dtype=torch.uint8)  # codes 15 and 1: never 0 * inf
-    arguments = {"shape": (absmax.numel(), 32), "block_size": 32, "dtype": dtype}
-    got = nf4.dequantize(packed, absmax, **arguments, backend="c")
-    assert torch.equal(got, nf4.dequantize(packed, absmax, **arguments, backend="reference"))
+    q = QuantizedTensor(packed=packed, absmax=absmax, shape=(absmax.numel(), 32), block_size=32)
+    got = nf4.dequantize(q, dtype=dtype, backend="c")
+    assert torch.equal(got, nf4.dequantize(q, dtype=dtype, backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_nan_scale_stays_nan(level, dtype):
+def test_a_nan_scale_stays_nan(isa, dtype):
     """Files can hold what quantize refuses; all-ones is the NaN that integer rounding would turn into -0."""
     absmax = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
     packed = torch.randint(0, 256, (48,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    got = nf4.dequantize(packed, absmax, shape=(96,), block_size=32, dtype=dtype, backend="c")
-    assert got.isnan().all()
+    q = QuantizedTensor(packed=packed, absmax=absmax, shape=(96,), block_size=32)
+    assert nf4.dequantize(q, dtype=dtype, backend="c").isnan().all()
 
 
-def test_the_thread_count_does_not_change_a_bit(level):
+def test_the_thread_count_does_not_change_a_bit(isa):
     w = torch.randn(700, 513, generator=torch.Generator().manual_seed(2))
     before = torch.get_num_threads()
     results = []
@@ -369,19 +357,19 @@ def test_dispatch_takes_c_on_the_cpu_and_the_reference_elsewhere():
     assert choose_backend(torch.device("meta"), torch.float32, None) == "reference"
     statuses = {(s.operation, s.backend): s for s in nf4.available_backends()}
     c = statuses["nf4.dequantize", "c"]
-    assert c.available and LEVELS[cpu.best_level()] in c.detail and "thread" in c.detail
+    assert c.available and ISAS[cpu.best_isa()] in c.detail and "thread" in c.detail
 
 
 def test_levels_are_refused_by_name(monkeypatch):
-    packed, absmax = nf4.quantize(torch.ones(64))
+    q = nf4.quantize(torch.ones(64))
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "sse9")
     with pytest.raises(QuantizationError, match="QLORAG_CPU_LEVEL=sse9: use one of"):
-        nf4.dequantize(packed, absmax, shape=(64,))
+        nf4.dequantize(q)
     assert any("sse9" in s.detail and not s.available for s in nf4.available_backends())
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "avx512")
-    monkeypatch.setattr(cpu, "best_level", lambda: 1)
+    monkeypatch.setattr(compiled, "best_isa", lambda: 1)
     with pytest.raises(QuantizationError, match="avx512, but this processor has avx2"):
-        nf4.dequantize(packed, absmax, shape=(64,))
+        nf4.dequantize(q)
 
 
 @pytest.mark.parametrize("backend", ["reference", "c", None])
@@ -390,17 +378,20 @@ def test_parts_may_have_any_shape(backend, dtype):
     """As bitsandbytes stores codes [n, 1], and somebody may store scales [N, blocks of a row]."""
     if backend == "c" and dtype == torch.float64:
         pytest.skip("C decodes to at most 32 bits")
-    packed, absmax = nf4.quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
-    codes, nested = nf4.quantize_absmax(absmax)
-    options = {"shape": (64, 256), "dtype": dtype, "backend": backend}
-    plain, double = nf4.dequantize(packed, absmax, **options), nf4.dequantize(packed, codes, nested=nested, **options)
-    packed, absmax, codes = packed[:, None], absmax.view(64, 4), codes.view(64, 4)
-    nested = Nested(nested.absmax[None], nested.offset[None])
-    assert torch.equal(nf4.dequantize(packed, absmax, **options), plain)
-    assert torch.equal(nf4.dequantize(packed, codes, nested=nested, **options), double)
+    plain, double = (
+        nf4.quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), double_quant=double_quant)
+        for double_quant in (False, True)
+    )
+    nested = Nested(double.nested.absmax[None], double.nested.offset[None])
+    columns = {"packed": plain.packed[:, None], "shape": (64, 256)}
+    reshaped = QuantizedTensor(**columns, absmax=plain.absmax.view(64, 4))
+    reshaped_double = QuantizedTensor(**columns, absmax=double.absmax.view(64, 4), nested=nested)
+    options = {"dtype": dtype, "backend": backend}
+    for q, other in ((plain, reshaped), (double, reshaped_double)):
+        assert torch.equal(nf4.dequantize(other, **options), nf4.dequantize(q, **options))
     x = torch.ones(1, 256, dtype=torch.float64)
-    y = nf4.matmul(x, packed, codes, shape=(64, 256), nested=nested)
-    assert torch.equal(y, x @ nf4.dequantize(packed, codes, nested=nested, **options | {"backend": None}).double().T)
+    y = nf4.matmul(x, reshaped_double)
+    assert torch.equal(y, x @ nf4.dequantize(reshaped_double, dtype=dtype).double().T)
 
 
 # Bad input.
@@ -431,15 +422,14 @@ def test_quantize_refuses(w, options, message, backend):
 
 
 def test_out_may_not_lie_over_what_is_decoded_into_it():
-    packed, absmax = nf4.quantize(torch.randn(256, 128))
+    q = nf4.quantize(torch.randn(256, 128))
     memory = torch.zeros(256 * 128 * 5, dtype=torch.uint8)
-    memory[: packed.numel()] = packed
+    inside = replace(q, packed=memory[: q.packed.numel()].copy_(q.packed))
     over, beside = (memory[first : first + 4 * 256 * 128].view(torch.float32).view(256, 128) for first in (0, 1 << 14))
-    inside = memory[: packed.numel()]
     with pytest.raises(QuantizationError, match="out shares memory with what is decoded into it"):
-        nf4.dequantize(inside, absmax, shape=(256, 128), out=over)
-    nf4.dequantize(inside, absmax, shape=(256, 128), out=beside)  # one memory, but apart
-    assert torch.equal(beside, nf4.dequantize(packed, absmax, shape=(256, 128)))
+        nf4.dequantize(inside, out=over)
+    nf4.dequantize(inside, out=beside)  # one memory, but apart
+    assert torch.equal(beside, nf4.dequantize(q))
 
 
 @pytest.mark.parametrize("backend", ["reference", "c"])
@@ -455,12 +445,10 @@ GOOD = {
     "absmax": torch.ones(2),
     "shape": (10, 10),
     "block_size": 64,
-    "dtype": torch.float32,
 }
 U8, ONE, HALF = torch.zeros(2, dtype=torch.uint8), torch.ones(1), torch.float16
 
 
-@pytest.mark.parametrize("backend", ["reference", "c"])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -481,18 +469,8 @@ U8, ONE, HALF = torch.zeros(2, dtype=torch.uint8), torch.ones(1), torch.float16
         ({"block_size": 32}, "absmax has 2 elements, .* ask for 4"),
         ({"shape": (10, 0)}, r"shape=\[10, 0\]: every dimension must be at least 1"),
         ({"shape": (-10, -10)}, r"shape=\[-10, -10\]"),
-        ({"dtype": torch.int8}, "dtype=torch.int8"),
-        (
-            {"out": torch.zeros(10, 10, dtype=HALF)},
-            r"out is torch.float16 \[10, 10\] on cpu: wanted torch.float32",
-        ),
-        ({"out": torch.zeros(100)}, r"out is torch.float32 \[100\] on cpu: wanted torch.float32 \[10, 10\]"),
-        ({"out": torch.zeros(10, 20)[:, ::2]}, "out is not contiguous"),
-        ({"out": torch._neg_view(torch.zeros(10, 10))}, "out is not contiguous .* or a negative"),
-        ({"out": torch.zeros(10, 10, requires_grad=True)}, "out requires a gradient"),
         ({"kind": "nf8"}, "kind='nf8'"),
         ({"absmax": U8, "nested": (ONE, ONE)}, r"nested is a tuple: wanted nf4\.Nested\(absmax, offset\)"),
-        ({"out": [0.0] * 100}, "out is a list: wanted a tensor"),
         ({"kind": ["nf4"]}, r"kind=\['nf4'\] is not a 4-bit code"),
         ({"packed": None}, "packed is None: wanted a torch.uint8 tensor of 50"),
         ({"absmax": None}, "absmax is None: wanted a torch.float32 tensor of 2"),
@@ -501,32 +479,57 @@ U8, ONE, HALF = torch.zeros(2, dtype=torch.uint8), torch.ones(1), torch.float16
         ({"absmax": U8, "nested": Nested(ONE, 1.0)}, "nested.offset is 1.0: wanted"),
         ({"block_size": 64.0}, "block_size=64.0: use one of"),
         ({"shape": 100}, "shape=100: wanted a tuple of whole numbers"),
+        ({"shape": [10, 10]}, r"shape=\[10, 10\]: wanted a tuple of whole numbers"),
         ({"shape": (10.0, 10.0)}, r"shape=\(10.0, 10.0\): wanted a tuple of whole numbers"),
         ({"shape": "ab"}, "shape='ab': wanted a tuple of whole numbers"),
+        ({"dtype": torch.float64}, "dtype=torch.float64: float32, float16 or bfloat16 can be quantized"),
     ],
 )
-def test_dequantize_refuses(changed, message, backend):
+def test_parts_that_do_not_fit_each_other_make_no_tensor(changed, message):
+    q = QuantizedTensor(**GOOD)
     with pytest.raises(QuantizationError, match=message):
-        nf4.dequantize(**{**GOOD, **changed}, backend=backend)
+        QuantizedTensor(**{**GOOD, **changed})
+    with pytest.raises(QuantizationError, match=message):
+        replace(q, **changed)
+
+
+@pytest.mark.parametrize("backend", ["reference", "c"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+        (
+            {"out": torch.zeros(10, 10, dtype=HALF)},
+            r"out is torch.float16 \[10, 10\] on cpu: wanted torch.float32",
+        ),
+        ({"out": torch.zeros(100)}, r"out is torch.float32 \[100\] on cpu: wanted torch.float32 \[10, 10\]"),
+        ({"out": torch.zeros(10, 20)[:, ::2]}, r"out \[10, 10\] is not contiguous"),
+        ({"out": torch._neg_view(torch.zeros(10, 10))}, "out is a negative that torch has not written out"),
+        ({"out": torch.zeros(10, 10, requires_grad=True)}, "out requires a gradient"),
+        ({"out": [0.0] * 100}, "out is a list: wanted a tensor"),
+    ],
+)
+def test_dequantize_refuses(options, message, backend):
+    with pytest.raises(QuantizationError, match=message):
+        nf4.dequantize(QuantizedTensor(**GOOD), **options, backend=backend)
 
 
 def test_autograd_notices_what_is_written_into_out():
     out, x = torch.ones(10, 10), torch.ones(10, 10, requires_grad=True)
     y = (x * out).sum()  # keeps out for the gradient of x
-    nf4.dequantize(**GOOD, out=out)
+    nf4.dequantize(QuantizedTensor(**GOOD), out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
     with torch.inference_mode():  # tensors of which no version is kept
-        nf4.dequantize(**GOOD, out=torch.ones(10, 10))
+        nf4.dequantize(QuantizedTensor(**GOOD), out=torch.ones(10, 10))
 
 
 def test_a_scalar_comes_back():
-    packed, absmax = nf4.quantize(torch.tensor(1.5))
-    assert nf4.dequantize(packed, absmax, shape=()).item() == 1.5
+    assert nf4.dequantize(nf4.quantize(torch.tensor(1.5))).item() == 1.5
 
 
 def test_a_named_backend_that_cannot_run_says_why():
     with pytest.raises(QuantizationError, match="backend='cuda' does not exist: there are triton, c, reference"):
-        nf4.dequantize(**GOOD, backend="cuda")
+        nf4.dequantize(QuantizedTensor(**GOOD), backend="cuda")
     with pytest.raises(QuantizationError, match=r"backend='c' cannot run: dtype=torch.float64"):
-        nf4.dequantize(**{**GOOD, "dtype": torch.float64}, backend="c")
+        nf4.dequantize(QuantizedTensor(**GOOD), dtype=torch.float64, backend="c")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
-from qlorag.kernels.nf4 import FP4, NF4, QuantizationError, codebook, reference
+from qlorag.kernels.nf4 import FP4, NF4, QuantizationError, QuantizedTensor, codebook, reference
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 
@@ -62,10 +63,8 @@ def test_chunks_are_joined_without_a_seam(monkeypatch: pytest.MonkeyPatch):
 def test_nothing_is_quantized_into_nothing():
     packed, absmax = reference.quantize(torch.empty(0, 5), kind="nf4", block_size=32)
     assert (packed.shape, absmax.shape) == ((0,), (0,))
-    assert reference.dequantize(packed, absmax, shape=(0, 5), kind="nf4", block_size=32, dtype=torch.float32).shape == (
-        0,
-        5,
-    )
+    with pytest.raises(QuantizationError, match=r"shape=\[0, 5\]: every dimension must be at least 1"):
+        QuantizedTensor(packed=packed, absmax=absmax, shape=(0, 5), block_size=32)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -88,10 +87,10 @@ def test_dequantize_by_hand(kind: str):
         float32(TABLES[kind][code] * absmax[i // 32].item())
         for i, code in enumerate(c for byte in range(256) for c in (byte >> 4, byte & 15))
     ]
-    options = {"kind": kind, "block_size": 32}
-    got = reference.dequantize(packed, absmax, shape=(2, 256), dtype=torch.float32, **options)
+    q = QuantizedTensor(packed=packed, absmax=absmax, shape=(2, 256), kind=kind, block_size=32)
+    got = reference.dequantize(q, torch.float32)
     assert got.shape == (2, 256) and got.view(-1).tolist() == wanted
-    odd = reference.dequantize(packed[:33], absmax[:3], shape=(65,), dtype=torch.bfloat16, **options)
+    odd = reference.dequantize(replace(q, packed=packed[:33], absmax=absmax[:3], shape=(65,)), torch.bfloat16)
     assert odd.dtype == torch.bfloat16 and odd.tolist() == torch.tensor(wanted[:65]).bfloat16().tolist()
 
 

@@ -22,8 +22,8 @@ def driver(build_driver):
 
 
 @pytest.mark.parametrize("operation", ["dequantize", "quantize", "matmul", "large"])
-def test_nothing_outside_the_buffers_nothing_undefined(driver, calls, level, operation):
-    driver.check(calls[operation], level)
+def test_nothing_outside_the_buffers_nothing_undefined(driver, calls, isa, operation):
+    driver.check(calls[operation], isa)
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +32,22 @@ def threaded(build_driver):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 16])
-def test_several_threads(threaded, calls, level, threads):
-    large = calls["large"] + (calls["large, matrix unit"] if level == "amx" else [])
-    threaded.check([dataclasses.replace(call, threads=threads) for call in large], level)
+def test_several_threads(threaded, calls, isa, threads):
+    large = calls["large"] + (calls["large, matrix unit"] if isa == "amx" else [])
+    threaded.check([dataclasses.replace(call, threads=threads) for call in large], isa)
 
 
 def test_the_matrix_unit(driver, calls, matrix_unit):
     driver.check(calls["matrix unit"], "amx")
 
 
-def test_one_byte_too_few_is_caught(driver, one_byte_short, level):
-    done = driver.start(one_byte_short(level))
+def test_one_byte_too_few_is_caught(driver, one_byte_short, isa):
+    done = driver.start(one_byte_short(isa))
     assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
 
 
-def test_what_is_undefined_is_caught(driver, calls, level):
-    done = driver.start(dataclasses.replace(calls["dequantize"][0], block_size=0).encode(level))
+def test_what_is_undefined_is_caught(driver, calls, isa):
+    done = driver.start(dataclasses.replace(calls["dequantize"][0], block_size=0).encode(isa))
     assert done.returncode != 0 and "runtime error: division by zero" in done.stderr
 
 
@@ -56,12 +56,12 @@ def guarded(build_driver):
     return build_driver("cc")
 
 
-def test_streaming_stores_end_with_the_buffer(guarded, calls, level):
+def test_streaming_stores_end_with_the_buffer(guarded, calls, isa):
     """The sanitizer does not know these instructions. The processor does: the next page is closed."""
     streamed = [call for call in calls["dequantize"] if call.stream and call.outputs[0].nbytes % 64 == 0]
     assert {call.dtype for call in streamed} == set(DTYPES)
-    guarded.check(streamed, level)
-    short = streamed[-1].encode(level, short=6, by=64)  # 64, so that it begins where it may be streamed to
+    guarded.check(streamed, isa)
+    short = streamed[-1].encode(isa, short=6, by=64)  # 64, so that it begins where it may be streamed to
     assert guarded.start(short).returncode in (-SIGSEGV, -SIGBUS)
 
 

@@ -20,18 +20,14 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def parts(n, k, *, double_quant):
-    packed, absmax = nf4.quantize(torch.randn(n, k, generator=generator()))
-    if not double_quant:
-        return packed, absmax, None, None
-    codes, nested = nf4.quantize_absmax(absmax)
-    return packed, codes, nested.absmax, nested.offset
+def packed_weight(n, k, *, double_quant):
+    return nf4.quantize(torch.randn(n, k, generator=generator()), double_quant=double_quant)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_opcheck(double_quant):
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch checks them."""
-    weight = parts(48, 64, double_quant=double_quant)
+    weight = packed_weight(48, 64, double_quant=double_quant).parts
     x = torch.randn(3, 64, generator=generator(), requires_grad=True)
     dy = torch.randn(3, 48, generator=generator())
     torch.library.opcheck(torch_ops.nf4_quantize, (x.detach(), "nf4", 64))
@@ -44,24 +40,18 @@ def test_opcheck(double_quant):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_quantizing_compiles_into_one_graph(double_quant):
     def run(w):
-        packed, absmax = nf4.quantize(w)
-        if not double_quant:
-            return nf4.dequantize(packed, absmax, shape=w.shape)
-        codes, nested = nf4.quantize_absmax(absmax)
-        return nf4.dequantize(packed, codes, shape=w.shape, nested=nested)
+        return nf4.dequantize(nf4.quantize(w, double_quant=double_quant))
 
     w = torch.randn(30, 77, generator=generator())
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(w), run(w))
 
 
 def run_all(x, dy, w):
-    options = {"shape": (48, 64), "nested": nf4.Nested(*w[2:])}
-    decoded = nf4.dequantize(*w[:2], **options)
-    return decoded, nf4.matmul(x, *w[:2], **options), nf4.matmul_backward(dy, *w[:2], **options)
+    return nf4.dequantize(w), nf4.matmul(x, w), nf4.matmul_backward(dy, w)
 
 
 def test_the_operations_compile_into_one_graph():
-    w = parts(48, 64, double_quant=True)
+    w = packed_weight(48, 64, double_quant=True)
     x, dy = torch.randn(3, 64, generator=generator()), torch.randn(3, 48, generator=generator())
     compiled = torch.compile(run_all, fullgraph=True, backend="aot_eager")(x, dy, w)
     assert all(map(torch.equal, compiled, run_all(x, dy, w)))
@@ -71,7 +61,7 @@ def test_the_operations_compile_into_one_graph():
 def test_tracers_record_the_operation(rows):
     """And not the memory that C wrote its result into."""
     layer = QuantizedLinear.from_linear(nn.Linear(64, 48)).requires_grad_(False)
-    w = parts(48, 64, double_quant=True)
+    w = packed_weight(48, 64, double_quant=True)
     one, other = torch.randn(2, rows, 64, generator=generator())
     dy = torch.randn(rows, 48, generator=generator())
     for f in (layer, lambda x: torch.cat([y.flatten() for y in run_all(x, dy, w)])):
@@ -81,17 +71,16 @@ def test_tracers_record_the_operation(rows):
 
 def test_fake_tensors():
     """They have no memory: either the operation is one of torch's, or it refuses."""
-    layer, w = QuantizedLinear.from_linear(nn.Linear(64, 48)), parts(48, 64, double_quant=True)
+    layer, w = QuantizedLinear.from_linear(nn.Linear(64, 48)), packed_weight(48, 64, double_quant=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, dy = torch.randn(3, 64), torch.randn(3, 48)
         assert [tuple(y.shape) for y in (*run_all(x, dy, w), layer(x))] == [(48, 64), (3, 48), (3, 64), (3, 48)]
-        packed, absmax = nf4.quantize(torch.randn(30, 77))
-        codes, nested = nf4.quantize_absmax(absmax)
-        assert [t.numel() for t in (packed, absmax, codes, *nested)] == [1155, 37, 37, 1, 1]
+        q, plain = (nf4.quantize(torch.randn(30, 77), double_quant=double_quant) for double_quant in (True, False))
+        assert [t.numel() for t in (*q.parts, *plain.parts[:2])] == [1155, 37, 1, 1, 1155, 37]
         for call in (
             lambda: nf4.quantize(torch.randn(64), backend="c"),
-            lambda: nf4.dequantize(*w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), out=torch.empty(48, 64)),
-            lambda: nf4.matmul(x, *w[:2], shape=(48, 64), nested=nf4.Nested(*w[2:]), backend="c"),
+            lambda: nf4.dequantize(w, out=torch.empty(48, 64)),
+            lambda: nf4.matmul(x, w, backend="c"),
         ):
             with pytest.raises(nf4.QuantizationError, match=r"has no memory \(a fake or traced one\?\)"):
                 call()
@@ -107,11 +96,9 @@ from qlorag.kernels import nf4
 from qlorag.quant.dynamic8bit import dequantize8, quantize8
 
 def run(w, backend):
-    packed, absmax = nf4.quantize(w, backend=backend)
-    codes, nested = nf4.quantize_absmax(absmax, backend=backend)
-    weight = dict(packed=packed, absmax=codes, shape=(48, 64), nested=nested)
-    out = nf4.dequantize(**weight, out=torch.empty(48, 64), backend=backend)
-    y = nf4.matmul(torch.ones(100, 64), **weight, backend=backend)
+    weight = nf4.quantize(w, backend=backend)
+    out = nf4.dequantize(weight, out=torch.empty(48, 64), backend=backend)
+    y = nf4.matmul(torch.ones(100, 64), weight, backend=backend)
     return out, y, dequantize8(*quantize8(w, signed=True), signed=True)
 
 for allow in (False, True):
@@ -127,17 +114,17 @@ print("done")
 
 
 def test_a_traced_product_refuses_what_an_eager_one_refuses():
-    w = dict(zip(("packed", "absmax"), parts(48, 64, double_quant=False), strict=False), shape=(48, 64))
+    w = packed_weight(48, 64, double_quant=False)
     product = torch.compile(nf4.matmul, backend="aot_eager")
     backward = torch.compile(nf4.matmul_backward, backend="aot_eager")
     for call, message in (
         (
-            lambda: product(torch.ones(2, 64, requires_grad=True), **w),
+            lambda: product(torch.ones(2, 64, requires_grad=True), w),
             "x requires a gradient, and this product has none",
         ),
-        (lambda: product(torch.ones(2, 64, dtype=torch.bfloat16), **w, bias=torch.ones(48)), "bias is torch.float32"),
-        (lambda: product(torch.ones(2, 63), **w), r"x has shape \[2, 63\]"),
-        (lambda: backward(torch.ones(2, 47), **w), r"dy has shape \[2, 47\]"),
+        (lambda: product(torch.ones(2, 64, dtype=torch.bfloat16), w, bias=torch.ones(48)), "bias is torch.float32"),
+        (lambda: product(torch.ones(2, 63), w), r"x has shape \[2, 63\]"),
+        (lambda: backward(torch.ones(2, 47), w), r"dy has shape \[2, 47\]"),
     ):
         with pytest.raises(nf4.QuantizationError, match=message):
             call()
@@ -146,7 +133,7 @@ def test_a_traced_product_refuses_what_an_eager_one_refuses():
 @pytest.mark.parametrize("rows", [2, 500])
 def test_autocast_leaves_the_dtype_of_a_product_to_x(rows):
     """A layer follows autocast; the operation does as it is told, however many rows there are."""
-    w = parts(48, 64, double_quant=True)
+    w = packed_weight(48, 64, double_quant=True)
     x, dy = torch.randn(rows, 64, generator=generator()), torch.randn(rows, 48, generator=generator())
     expected = run_all(x, dy, w)
     with torch.autocast("cpu", torch.bfloat16):
@@ -210,7 +197,5 @@ def test_the_default_device_is_not_asked():
     x, w = torch.randn(40, 64, generator=generator()), torch.randn(8, 64, generator=generator())
     want = layer(x)
     with torch.device("meta"):
-        got, (packed, absmax) = layer(x), nf4.quantize(w)
-        codes, nested = nf4.quantize_absmax(absmax)
-        decoded = nf4.dequantize(packed, codes, shape=(8, 64), nested=nested)
+        got, decoded = layer(x), nf4.dequantize(nf4.quantize(w))
     assert torch.equal(got, want) and decoded.device.type == "cpu"

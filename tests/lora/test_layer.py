@@ -6,16 +6,23 @@ import math
 
 import pytest
 import torch
+from qlorag.kernels.lora import add_lora
+from qlorag.kernels.lora.dropout import draw_mask
 from qlorag.lora import AdapterError, LoRALinear
-from qlorag.lora.layer import SHORT_INPUT, LoRABranch, _mask
+from qlorag.lora.layer import SHORT_INPUT
 from torch import nn
 
 DTYPE = torch.float64
 
 
+def update(y0, x, A, B, s, p=0.0, seed=0, dtype=DTYPE):
+    """The layer's update, with its hand-written gradient."""
+    return add_lora(y0, x, A, B, scaling=s, dropout=p, seed=seed, dtype=dtype)
+
+
 def plain(y0, x, A, B, s, p=0.0, seed=0):
     """The same equation in ordinary torch operations, for autograd to differentiate."""
-    mask, s = _mask(x, p, seed, s)
+    mask, s = draw_mask(x, p, seed, s)
     x = x if mask is None else torch.where(mask, x, 0)
     return y0 + s * (x @ A.T) @ B.T
 
@@ -47,7 +54,7 @@ def test_by_hand():
 @pytest.mark.parametrize("lead", [(), (4,), (1, 1), (2, 3), (2, 1, 3)])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_gradcheck(lead, p):
-    assert torch.autograd.gradcheck(LoRABranch.apply, (*inputs(*lead), 0.7, p, 11, DTYPE))
+    assert torch.autograd.gradcheck(lambda *args: update(*args, 0.7, p, 11), inputs(*lead))
 
 
 @pytest.mark.parametrize("needed", range(1, 16))
@@ -58,7 +65,7 @@ def test_each_gradient_alone(needed):
         a.requires_grad_(bool(needed >> i & 1))
         b.requires_grad_(bool(needed >> i & 1))
     dy = torch.randn(4, 7, dtype=DTYPE)
-    LoRABranch.apply(*ours, 0.7, 0.0, 0, DTYPE).backward(dy)
+    update(*ours, 0.7).backward(dy)
     plain(*theirs, 0.7).backward(dy)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.grad is None) == (b.grad is None)
@@ -70,7 +77,7 @@ def test_each_gradient_alone(needed):
 def test_equals_autograd_of_the_formula(p):
     ours, theirs = inputs(3, 6), inputs(3, 6)
     dy = torch.randn(3, 6, 7, dtype=DTYPE)
-    y, y_plain = LoRABranch.apply(*ours, 1.5, p, 42, DTYPE), plain(*theirs, 1.5, p, 42)
+    y, y_plain = update(*ours, 1.5, p, 42), plain(*theirs, 1.5, p, 42)
     torch.testing.assert_close(y, y_plain)
     y.backward(dy)
     y_plain.backward(dy)
@@ -80,7 +87,7 @@ def test_equals_autograd_of_the_formula(p):
 
 def test_second_derivatives_are_refused():
     tensors = inputs(4)
-    y = LoRABranch.apply(*tensors, 1.0, 0.0, 0, DTYPE)
+    y = update(*tensors, 1.0)
     (dx,) = torch.autograd.grad(y, tensors[1], torch.ones_like(y).requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -90,7 +97,7 @@ def test_saved_tensors_are_not_written():
     tensors = inputs(4)
     versions = [t._version for t in tensors]
     copies = [t.detach().clone() for t in tensors]
-    y = LoRABranch.apply(*tensors, 0.7, 0.3, 5, DTYPE)
+    y = update(*tensors, 0.7, 0.3, 5)
     y.sum().backward(retain_graph=True)
     first = [t.grad.clone() for t in tensors]
     y.sum().backward()
@@ -117,8 +124,8 @@ def test_non_contiguous():
     strided = [t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in (y0, x)]
     assert not strided[1].is_contiguous()
     dy = torch.randn(4, 6, 7, dtype=DTYPE).transpose(0, 1)
-    expected = LoRABranch.apply(y0, x, A, B, 0.7, 0.0, 0, DTYPE)
-    actual = LoRABranch.apply(*strided, A, B, 0.7, 0.0, 0, DTYPE)
+    expected = update(y0, x, A, B, 0.7)
+    actual = update(*strided, A, B, 0.7)
     torch.testing.assert_close(actual, expected)
     expected.backward(dy)
     actual.backward(dy)
@@ -178,7 +185,7 @@ def test_half_precision_error(rows, dtype, compute):
 def test_a_wider_base_output_keeps_its_precision():
     """A float32 base output beside a bf16 branch must not be rounded to bf16 on the way."""
     y0, x, A, B = (t.detach().float() for t in inputs(4))
-    y = LoRABranch.apply(y0, x.bfloat16(), A, torch.zeros_like(B), 1.0, 0.0, 0, torch.bfloat16)
+    y = update(y0, x.bfloat16(), A, torch.zeros_like(B), 1.0, dtype=torch.bfloat16)
     assert y.dtype == torch.float32
     assert torch.equal(y, y0)
 
@@ -205,6 +212,18 @@ def test_a_float32_base_keeps_its_bits_beside_a_half_precision_branch():
     layer.lora_B.data.fill_(2.0)
     x = torch.ones(1, 1)
     assert layer(x).item() == (base(x) + 2).item()  # bf16 would give 258
+
+
+@pytest.mark.parametrize("rows", [SHORT_INPUT - 1, SHORT_INPUT])
+@pytest.mark.parametrize("compute", [None, torch.float32])
+def test_the_dtype_of_the_products_under_autocast(rows, compute):
+    """Short inputs and an explicit compute_dtype in float32, others in autocast's dtype, as without autocast."""
+    layer = LoRALinear(nn.Linear(16, 8, bias=False).bfloat16(), r=4, alpha=4.0, compute_dtype=compute)
+    layer.lora_B.data.normal_()
+    x = torch.randn(rows, 16).bfloat16()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x.float()), expected)
 
 
 def test_gradients_accumulate_in_float32():
@@ -276,13 +295,13 @@ def test_dropout_is_reproducible_and_survives_checkpointing():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_rate_and_scale(p):
     x = torch.ones(401, 333)  # an odd count: the last draw is used in part
-    mask, s = _mask(x, p, 3, 2.0)
+    mask, s = draw_mask(x, p, 3, 2.0)
     kept = mask.double().mean().item()
     # five standard deviations of a binomial share over 133,533 elements
     assert abs(kept - (1 - p)) < 5 * math.sqrt(p * (1 - p) / x.numel())
     assert s == pytest.approx(2 / (1 - p), rel=2e-4)  # p is rounded to 2^-16, which moves 1 - p by 1.5e-4 at 0.9
-    again, _ = _mask(x, p, 3, 2.0)
-    other, _ = _mask(x, p, 4, 2.0)
+    again, _ = draw_mask(x, p, 3, 2.0)
+    other, _ = draw_mask(x, p, 4, 2.0)
     assert torch.equal(mask, again)
     assert not torch.equal(mask, other)
 

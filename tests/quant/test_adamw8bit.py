@@ -172,8 +172,8 @@ def test_with_32_bit_state_it_is_the_other_optimizer_to_the_bit(decay: float) ->
         optimizer.step(0.1)
         wanted.step(0.1)
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
-    assert optimizer.state().keys() == wanted.state().keys()
-    assert all(torch.equal(t, wanted.state()[key]) for key, t in optimizer.state().items())
+    assert optimizer.state_dict().keys() == wanted.state_dict().keys()
+    assert all(torch.equal(t, wanted.state_dict()[key]) for key, t in optimizer.state_dict().items())
 
 
 def test_a_small_second_moment_is_not_forgotten() -> None:
@@ -202,7 +202,7 @@ def test_16_bit_parameters_have_float32_arithmetic() -> None:
         ours.step(0.1)
         wanted.step(0.1)
         assert p.dtype == dtype and torch.equal(p.float(), q.detach().to(dtype).float())
-        assert all(torch.equal(t, wanted.state()[key]) for key, t in ours.state().items())
+        assert all(torch.equal(t, wanted.state_dict()[key]) for key, t in ours.state_dict().items())
 
 
 def test_state_comes_back_and_another_is_refused() -> None:
@@ -217,40 +217,40 @@ def test_state_comes_back_and_another_is_refused() -> None:
 
     first, second = fresh(), fresh()
     go(first, 1)
-    kept = {key: t.clone() for key, t in first.state().items()}
+    kept = {key: t.clone() for key, t in first.state_dict().items()}
     assert {key: t.dtype for key, t in kept.items() if "big" in key} == {
         "m.big": torch.uint8, "m_absmax.big": torch.float32, "v.big": torch.uint8, "v_absmax.big": torch.float32,
     }  # fmt: skip
     for name, p in first.parameters.items():
         second.parameters[name].data.copy_(p.data)
-    second.load_state(kept, steps=1)
+    second.load_state_dict(kept, steps=1)
     go(first, 2)
     go(second, 2)
     assert second.steps == 2
     assert all(torch.equal(p, second.parameters[name]) for name, p in first.parameters.items())
 
-    kept, live = {key: t.clone() for key, t in first.state().items()}, first.state()
+    kept, live = {key: t.clone() for key, t in first.state_dict().items()}, first.state_dict()
     go(first, 3)
-    assert all(torch.equal(t, first.state()[key]) for key, t in live.items())  # all of it is the optimizer's own
-    first.load_state(kept, steps=2)
-    assert all(torch.equal(t, kept[key]) for key, t in first.state().items())
+    assert all(torch.equal(t, first.state_dict()[key]) for key, t in live.items())  # all of it is the optimizer's own
+    first.load_state_dict(kept, steps=2)
+    assert all(torch.equal(t, kept[key]) for key, t in first.state_dict().items())
     for steps in (-1, 1.5, "3", None):
         with pytest.raises(ValueError, match=r"steps=.*, wanted a whole number from 0"):
-            first.load_state(kept, steps=steps)
+            first.load_state_dict(kept, steps=steps)
     with pytest.raises(ValueError, match=r"got nothing, wanted torch\.uint8"):
-        first.load_state(kept | {"m.big": [0] * 5000}, steps=1)
+        first.load_state_dict(kept | {"m.big": [0] * 5000}, steps=1)
 
     wrong = {
         "missing": {key: t for key, t in kept.items() if key != "v_absmax.big"},
         "unexpected": kept | {"m.more": torch.zeros(1)},
-        "shape": fresh(5001).state(),
+        "shape": fresh(5001).state_dict(),
         "dtype": kept | {"m.big": torch.zeros(5000)},
     }
     for state in wrong.values():
         with pytest.raises(ValueError, match=r": got .*, wanted .* \(\d such\): the state of another"):
-            second.load_state(state, steps=1)
+            second.load_state_dict(state, steps=1)
     with pytest.raises(ValueError, match=r"m_absmax\.big is missing"):  # nor does the 32-bit form take it
-        AdamW(first.parameters).load_state(kept, steps=1)
+        AdamW(first.parameters).load_state_dict(kept, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -388,4 +388,4 @@ def test_bytes_of_state_on_a_real_adapter(paths: Paths) -> None:
     wide = {n: nn.Parameter(torch.zeros([32 if d == 8 else d for d in p.shape])) for n, p in paths.start.items()}
     parameters = sum(p.numel() for p in wide.values())
     assert AdamW8bit(wide).nbytes / parameters == 2.03125
-    assert sum(t.nbytes for t in AdamW(wide).state().values()) / parameters == 8
+    assert sum(t.nbytes for t in AdamW(wide).state_dict().values()) / parameters == 8

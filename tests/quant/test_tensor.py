@@ -56,15 +56,20 @@ def test_to_moves_every_part():
         assert {p.device.type for p in parts} == {"meta"} and moved.device.type == "meta"
 
 
-@pytest.mark.parametrize("missing", ["nested_absmax", "nested_offset"])
-def test_half_of_the_nested_state_is_refused(missing):
-    with pytest.raises(QuantizationError, match=f"{missing} is missing"):
-        dequantize(replace(quantize(randn(4, 64)), **{missing: None}))
+@pytest.mark.parametrize(("missing", "message"), [
+    (0, "packed or absmax is missing"), (1, "packed or absmax is missing"),
+    (2, "nested_absmax is missing"), (3, "nested_offset is missing"),
+])  # fmt: skip
+def test_a_missing_part_is_refused(missing, message):
+    q = quantize(randn(4, 64))
+    with pytest.raises(QuantizationError, match=message):
+        q.with_parts([None if i == missing else part for i, part in enumerate(q.parts)])
+    assert q.with_parts(q.parts).parts == q.parts
 
 
 def test_parts_that_do_not_fit_are_refused():
     q = quantize(randn(4, 64))
     with pytest.raises(QuantizationError, match="packed has 128 elements, but shape"):
-        dequantize(replace(q, shape=(5, 64)))
+        replace(q, shape=(5, 64))
     with pytest.raises(QuantizationError, match="nested is missing"):
-        dequantize(replace(q, nested_absmax=None, nested_offset=None))
+        replace(q, nested=None)

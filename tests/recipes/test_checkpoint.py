@@ -134,7 +134,7 @@ def test_moments_that_cannot_be_used_are_named_and_change_nothing(tiny_dir: Path
     trainer.take_step()
     folder = save(trainer, tmp_path)
     fresh = trainer_on(tiny_dir)
-    before = {name: t.clone() for name, t in fresh.optimizer.state().items()}
+    before = {name: t.clone() for name, t in fresh.optimizer.state_dict().items()}
     path = folder / "optimizer.safetensors"
     whole = path.read_bytes()
     from safetensors.torch import load_file, save_file
@@ -155,4 +155,4 @@ def test_moments_that_cannot_be_used_are_named_and_change_nothing(tiny_dir: Path
         with pytest.raises(TrainingError, match=r"optimizer\.safetensors: cannot be read \(.+\): remove"):
             restore_optimizer(fresh, folder, step=1)
         assert (fresh.step, fresh.optimizer.steps) == (0, 0), damage
-        assert all(torch.equal(before[name], t) for name, t in fresh.optimizer.state().items()), damage
+        assert all(torch.equal(before[name], t) for name, t in fresh.optimizer.state_dict().items()), damage

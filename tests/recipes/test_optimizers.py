@@ -57,12 +57,12 @@ def stepped() -> AdamW:
 
 def test_state_goes_and_comes_back_by_name() -> None:
     one, other = stepped(), AdamW({"a": parameter(1.0, 2.0), "b": parameter(4.0)})
-    state = one.state()
+    state = one.state_dict()
     assert sorted(state) == ["m.a", "m.b", "v.a", "v.b"]
     assert state["m.a"].tolist() == pytest.approx([0.1, -0.3]) and state["v.b"].tolist() == pytest.approx([0.004])
-    other.load_state(state, steps=7)
+    other.load_state_dict(state, steps=7)
     assert other.steps == 7
-    assert all(torch.equal(t, state[name]) for name, t in other.state().items())
+    assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
     other.m["a"].zero_()
     assert state["m.a"].tolist() != [0, 0]  # it was copied
 
@@ -78,12 +78,12 @@ def test_state_goes_and_comes_back_by_name() -> None:
 )
 def test_a_state_of_other_parameters_is_refused(change: dict[str, torch.Tensor | None], message: str) -> None:
     optimizer = stepped()
-    before = {name: t.clone() for name, t in optimizer.state().items()}
-    state = {name: t + 1 for name, t in optimizer.state().items()} | change
+    before = {name: t.clone() for name, t in optimizer.state_dict().items()}
+    state = {name: t + 1 for name, t in optimizer.state_dict().items()} | change
     with pytest.raises(ValueError) as error:
-        optimizer.load_state({name: t for name, t in state.items() if t is not None}, steps=9)
+        optimizer.load_state_dict({name: t for name, t in state.items() if t is not None}, steps=9)
     assert str(error.value) == message
-    assert optimizer.steps == 1 and all(torch.equal(before[name], t) for name, t in optimizer.state().items())
+    assert optimizer.steps == 1 and all(torch.equal(before[name], t) for name, t in optimizer.state_dict().items())
 
 
 @pytest.mark.parametrize(

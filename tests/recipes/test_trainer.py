@@ -207,14 +207,14 @@ def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, rank: int, ti
     trainer = Trainer(model, EXAMPLES, TrainSettings(iters=9, batch_size=2, optimizer=optimizer))
     trainer.take_step()
     kept = {n: p.detach().clone() for n, p in trainer.parameters.items()}
-    moments = {n: t.clone() for n, t in trainer.optimizer.state().items()}
+    moments = {n: t.clone() for n, t in trainer.optimizer.state_dict().items()}
     assert any(t.dtype == torch.uint8 for t in moments.values()) == (optimizer == "adamw8bit")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     report = trainer.take_step()
     assert report.skipped and math.isnan(report.loss)
     assert all(torch.equal(kept[n], p) for n, p in trainer.parameters.items())
-    assert all(torch.equal(moments[n], t) for n, t in trainer.optimizer.state().items())
+    assert all(torch.equal(moments[n], t) for n, t in trainer.optimizer.state_dict().items())
     trainer.take_step()
     with pytest.raises(TrainingError, match=r"step 4: loss nan .* 3 times in a row \(last rows: lines"):
         trainer.take_step()

@@ -1,4 +1,4 @@
-/* dx = dy W in bfloat16 on the matrix unit; read amx.c first.
+/* dx = dy W in bfloat16 on the matrix unit; read amx_forward.c first.
 
    dx sums over the rows of W, so W is B, and two rows n, n + 1 have to be interleaved: their words are, before
    the shifts. Bit 4 of an index then says which row it belongs to, and the table register holds one table for each. dy is
@@ -84,7 +84,7 @@ TARGET_AMX static int32_t backward_amx(const matmul_args *a, const uint16_t *dy,
     arrange_dy(dy, rows, n, threads, (uint16_t *)memory);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t first = 0; first < n; first += TILE)
-        scales_of_units(&a->w, a->level, first * units, least(n - first, TILE) * units, shift, scales + first * units);
+        scales_of_units(&a->w, a->isa, first * units, least(n - first, TILE) * units, shift, scales + first * units);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         uint8_t *const block = own + thread_number() * (parts[2] + parts[3]);

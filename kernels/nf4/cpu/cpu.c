@@ -1,16 +1,14 @@
 /* The C kernels of this folder as one source: one compilation, one library. Read common.c first. */
 
-#define _GNU_SOURCE /* syscall, in amx.c */
+#define _GNU_SOURCE /* syscall, in amx_forward.c */
 
 #include "common.c"
-#include "scales.c"
 
 #include "dequantize.c"
 #include "quantize.c"
 #include "matmul.c"
-#include "fixed_x.c"
 #include "fixed.c"
-#include "amx.c"
+#include "amx_forward.c"
 #include "amx_backward.c"
 
 #ifdef X86
@@ -22,8 +20,8 @@ static int has_f16c(void) {
 }
 #endif
 
-/* The highest level this processor (and its operating system) can run. */
-int32_t qlorag_nf4_best_level(void) {
+/* The best ISA that this processor (and its operating system) can run. */
+int32_t qlorag_nf4_best_isa(void) {
 #ifdef X86
     __builtin_cpu_init();
     const int vnni = __builtin_cpu_supports("avx512vnni");
@@ -45,13 +43,13 @@ int32_t qlorag_nf4_best_level(void) {
 int32_t qlorag_nf4_matmul(const matmul_args *a, const void *x, void *y, int64_t rows, int32_t dtype, int32_t threads) {
     if (rows == 0) return 1;
 #ifdef HAVE_AMX
-    if (a->level == AMX && dtype == BFLOAT16 && rows >= AMX_ROWS) return forward_amx(a, x, y, rows, threads);
+    if (a->isa == AMX && dtype == BFLOAT16 && rows >= AMX_ROWS) return forward_amx(a, x, y, rows, threads);
 #endif
     if (dtype == BFLOAT16) return matmul_fixed(a, x, y, rows, threads);
     return matmul_fused(a, x, y, rows, dtype, threads);
 }
 
-/* dx = dy W in bfloat16, for level AMX alone; dy: [rows][N], dx: [rows][K]. Returns whether there was memory. */
+/* dx = dy W in bfloat16, for AMX alone; dy: [rows][N], dx: [rows][K]. Returns whether there was memory. */
 int32_t qlorag_nf4_matmul_backward(const matmul_args *a, const void *dy, void *dx, int64_t rows, int32_t threads) {
 #ifdef HAVE_AMX
     return rows == 0 || backward_amx(a, dy, dx, rows, threads);
@@ -60,7 +58,7 @@ int32_t qlorag_nf4_matmul_backward(const matmul_args *a, const void *dy, void *d
 #endif
 }
 
-/* How large this library's structures are, for cpu.py to compare with its own. */
+/* How large this library's structures are, for compiled.py to compare with its own. */
 void qlorag_nf4_sizes(int64_t sizes[4]) {
     sizes[0] = sizeof(packed_tensor);
     sizes[1] = sizeof(dequantize_args);

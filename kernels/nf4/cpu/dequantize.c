@@ -19,8 +19,8 @@
 typedef struct {
     packed_tensor q;
     void *out;                   /* [numel] */
-    int32_t dtype, level, threads;
-    int32_t stream;              /* write past the caches: see STREAM_BYTES in cpu.py */
+    int32_t dtype, isa, threads;
+    int32_t stream;              /* write past the caches: see STREAM_BYTES in calls.py */
 } dequantize_args;
 
 INLINE int64_t length_of(const dequantize_args *a, int64_t block) {
@@ -277,11 +277,11 @@ typedef void (*dequantize_blocks)(const dequantize_args *, int64_t first, int64_
 
 static dequantize_blocks choose_dequantize(const dequantize_args *a) {
 #ifdef X86
-    if (a->level >= AVX512) return a->dtype == FLOAT32 ? blocks_32_avx512 : blocks_16_avx512;
-    if (a->level == AVX2) return a->dtype == FLOAT32 ? blocks_32_avx2 : blocks_16_avx2;
+    if (a->isa >= AVX512) return a->dtype == FLOAT32 ? blocks_32_avx512 : blocks_16_avx512;
+    if (a->isa == AVX2) return a->dtype == FLOAT32 ? blocks_32_avx2 : blocks_16_avx2;
 #endif
 #ifdef ARM
-    if (a->level == NEON) return a->dtype == FLOAT32 ? blocks_32_neon : blocks_16_neon;
+    if (a->isa == NEON) return a->dtype == FLOAT32 ? blocks_32_neon : blocks_16_neon;
 #endif
     return blocks_scalar;
 }

@@ -27,12 +27,12 @@
 
 enum { UNIT = 64 };
 enum { ROWS = 4, WIDTH = 4 };           /* one pass: up to 4 rows of W times up to 4 rows of x */
-enum { MAX_UNITS = 1024 };              /* in a row of W; cpu.py: MAX_IN_FEATURES */
+enum { MAX_UNITS = 1024 };              /* in a row of W; calls.py: MAX_IN_FEATURES */
 
 typedef struct {
     packed_tensor w;
     int64_t out_features, in_features;
-    int32_t level, denominator; /* of table entries in fixed point, for fixed.c */
+    int32_t isa, denominator; /* of table entries in fixed point, for fixed.c */
 } matmul_args;
 
 typedef struct {
@@ -223,11 +223,11 @@ typedef void (*pass_function)(int rows, int width, matmul_pass *);
 
 static pass_function choose_pass(const matmul_args *a) {
 #ifdef X86
-    if (a->level >= AVX512) return pass_avx512;
-    if (a->level == AVX2) return pass_avx2;
+    if (a->isa >= AVX512) return pass_avx512;
+    if (a->isa == AVX2) return pass_avx2;
 #endif
 #ifdef ARM
-    if (a->level == NEON) return pass_neon;
+    if (a->isa == NEON) return pass_neon;
 #endif
     return pass_scalar;
 }
@@ -251,7 +251,7 @@ static int32_t matmul_fused(const matmul_args *a, const void *x, void *y, int64_
         const int64_t row = group * ROWS;
         const int count = (int)least(n - row, ROWS);
         float scales[ROWS * MAX_UNITS];
-        scales_of_units(&a->w, a->level, row * units, count * units, shift, scales);
+        scales_of_units(&a->w, a->isa, row * units, count * units, shift, scales);
         matmul_pass pass = {a->w.packed + row * units * (UNIT / 2), scales, a->w.table, permuted, units, {{0}}};
         for (int64_t first = 0; first < rows; first += WIDTH) {
             const int width = (int)least(rows - first, WIDTH);

@@ -25,7 +25,7 @@ typedef struct {
     uint8_t *packed;          /* [ceil(numel / 2)] */
     float *absmax;            /* [ceil(numel / block_size)] */
     int64_t numel, block_size;
-    int32_t dtype, level, threads;
+    int32_t dtype, isa, threads;
 } quantize_args;
 
 typedef struct {
@@ -59,7 +59,7 @@ INLINE float begin_block(const quantize_args *a, int64_t block, uint32_t largest
     return 1.0f / (absmax < TINY ? TINY : absmax);
 }
 
-/* Scalar, and the ragged last block at every level. */
+/* Scalar, and the ragged last block at every ISA. */
 
 INLINE uint8_t code_of(const decision_tree *tree, float x) {
     int path = 0;
@@ -239,11 +239,11 @@ typedef uint32_t (*quantize_blocks)(const quantize_args *, const decision_tree *
 
 static quantize_blocks choose_quantize(const quantize_args *a) {
 #ifdef X86
-    if (a->level >= AVX512) return quantize_avx512;
-    if (a->level == AVX2) return quantize_avx2;
+    if (a->isa >= AVX512) return quantize_avx512;
+    if (a->isa == AVX2) return quantize_avx2;
 #endif
 #ifdef ARM
-    if (a->level == NEON) return quantize_neon;
+    if (a->isa == NEON) return quantize_neon;
 #endif
     return quantize_scalar;
 }

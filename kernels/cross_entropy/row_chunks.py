@@ -21,7 +21,7 @@ CHUNK_BYTES = 16 * 2**20
 def loss_and_gradients(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As slices.loss_and_gradients, for float32, float16 and bfloat16."""
+    """As vocabulary_slices.loss_and_gradients, for float32, float16 and bfloat16."""
     from .triton_kernels import loss_and_gradient
 
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -226,7 +226,7 @@ TARGET_AMX static void forward_few(const matmul_args *a, int shift, const uint8_
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = g * group, rows = least(n - first, group);
             const int tiles = (int)((rows + TILE - 1) / TILE);
-            scales_of_units(&a->w, a->level, first * units, rows * units, shift, scales);
+            scales_of_units(&a->w, a->isa, first * units, rows * units, shift, scales);
             const uint8_t *const packed = a->w.packed + first * units * (UNIT / 2);
             if (tiles == 4) few_rows(packed, scales, units, rows, 4, table, x, columns, buffer);
             if (tiles == 3) few_rows(packed, scales, units, rows, 3, table, x, columns, buffer);
@@ -308,7 +308,7 @@ TARGET_AMX static void forward_many(const matmul_args *a, int shift, const uint8
 #pragma omp for schedule(dynamic)
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = g * group, here = least(n - first, group), w_tiles = (here + TILE - 1) / TILE;
-            scales_of_units(&a->w, a->level, first * units, here * units, shift, scales);
+            scales_of_units(&a->w, a->isa, first * units, here * units, shift, scales);
             for (int64_t top = 0; top < x_tiles; top += p.wide) {
                 const int64_t count = least(p.wide, x_tiles - top);
                 for (int64_t u = 0; u < units; u += BLOCK_UNITS) {

@@ -36,6 +36,7 @@ from ..errors import ConfigError, TokenizerError, WeightsError
 from ..files.config_json import read_config
 from ..files.weights import Checkpoint
 from ..text.tokenizer_files import add_missing_tokens, follow_config, parse, read_object, read_tokenizer
+from ..text.unicode import lone_surrogate
 from .bert import Bert, EncoderConfig, encoder_config, read_state
 from .pooling import SentenceFiles, read_sentence_files
 
@@ -255,13 +256,8 @@ def _checked(texts: Sequence[str]) -> Sequence[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}] is {type(text).__name__}, wanted str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            raise TokenizerError(
-                f"text {i}: character {fault.start} is {text[fault.start]!r}, half of a surrogate pair: "
-                "clean it, e.g. text.encode('utf-8', 'replace').decode()"
-            ) from None
+        if fault := lone_surrogate(text):
+            raise TokenizerError(f"text {i}: {fault}: clean it, e.g. text.encode('utf-8', 'replace').decode()")
     return texts
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
+from ..text.unicode import lone_surrogate
 
 MAX_HEADER_BYTES = 100_000_000  # the official reader's cap
 SINGLE = "model.safetensors"
@@ -155,8 +156,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise _HeaderError("a key appears twice")
     for key in out:
-        if any("\ud800" <= c <= "\udfff" for c in key):
-            raise _HeaderError(f"key {key!r} is not valid Unicode")
+        if fault := lone_surrogate(key):
+            raise _HeaderError(f"key {key!r}: {fault}")
     return out
 
 

@@ -14,6 +14,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NoReturn
 
+from ...models.text.unicode import lone_surrogate
+
 Kind = Literal["chat", "completion", "text"]
 
 # Names of speakers in the accepted shapes -> roles of chat templates.
@@ -242,8 +244,8 @@ def _string(value: Any, where: str, *, empty: bool = True) -> str:
         raise Fault(f"{where} is {kind_of(value)}, wanted a string")
     if not value and not empty:
         raise Fault(f"{where} is empty: remove the row")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Fault(rf"{where} holds half of a surrogate pair (\ud800 ... \udfff), which is not Unicode text: mend it")
+    if fault := lone_surrogate(value):
+        raise Fault(f"{where}: {fault}: correct it")
     return value
 
 

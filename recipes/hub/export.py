@@ -41,7 +41,7 @@ def export_bnb(
 
     name: a model folder or a name that `pull` knows. One that is in 4 bits already keeps its bytes.
     save_path: the new folder; must not exist, or be empty.  dtype: of everything that stays dense.
-    Raises the errors of the rooms: ModelError, QuantizationError, RecipeError.
+    Raises ModelError, QuantizationError, RecipeError.
     """
     source = resolve_model(name)
     model = load_model(source, quantize=quantize, block_size=block_size, double_quant=double_quant, dtype=dtype)

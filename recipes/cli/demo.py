@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .display import Display, size
-from .flags import add_verb
+from .flags import ENCODER, add_verb
 
 MARK = ".made-by-qlorag-demo"
 BUNDLED = Path(__file__).parents[1] / "bundled"  # rows and documents
@@ -31,7 +31,7 @@ def run_demo(args: argparse.Namespace, display: Display) -> int:
     """`qlorag demo`."""
     from ...models.decoder.generate import peak_memory_bytes
     from ..hub.pull import pull
-    from .demo_steps import ENCODER, MODEL, ask_documents, fine_tune
+    from .demo_steps import MODEL, ask_documents, fine_tune
 
     began = time.perf_counter()
     out = Path(args.out)

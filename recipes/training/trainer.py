@@ -70,14 +70,14 @@ def mean_loss(
 
     Dropout is off while it runs.
     """
-    objective = objective or SFT()
+    minimised: Objective = objective or SFT()
     was_training = model.training
     model.eval()
     total, terms = 0.0, 0
     for begin in range(0, len(examples), batch_size):
-        batch = objective.pack(examples[begin : begin + batch_size])
+        batch = minimised.pack(examples[begin : begin + batch_size])
         if batch.terms:
-            total += objective.summed_loss(model, batch).item()
+            total += minimised.summed_loss(model, batch).item()
             terms += batch.terms
     model.train(was_training)
     if not terms:
@@ -121,7 +121,7 @@ class Trainer:
         if not examples:
             raise TrainingError("no examples to train on")
         self.model, self.examples, self.settings = model, examples, settings
-        self.objective = objective or SFT()
+        self.objective: Objective = objective or SFT()
         self.parameters = dict(trainable_parameters(model))
         if not self.parameters:
             raise TrainingError("no parameter of the model is trainable: attach an adapter first")

@@ -3,7 +3,7 @@
     enc = load_encoder("DIR")
     enc.encode(["hello world"])      # float32 [1, D]
 
-Four steps, each a module's: the tokenizer cuts a text into at most `max_tokens` ids, `bert` makes a vector of
+Four steps, each in a file of its own: the tokenizer cuts a text into at most `max_tokens` ids, `bert` makes a vector of
 every token, `pooling` makes one of them all, and the folder says whether it is scaled to unit length.
 
 Texts are sorted by length and laid end to end without padding (see `bert`), so a text's vector depends on its
@@ -92,7 +92,7 @@ class Encoder(Bert):
         prompt:            text to put there instead; "" for none at all.
         max_batch_tokens:  tokens computed at once; None keeps the widest intermediate below 16 MiB.
         progress:          called with (texts done, texts in all) after every batch.
-        Raises TokenizerError: a text is not valid Unicode, or the prompt leaves it no room.
+        Raises TokenizerError: a text is not valid Unicode, or the prompt leaves it no token.
         Raises ConfigError: there is no prompt of that name.
         Raises WeightsError: a vector is not finite.
         """
@@ -205,10 +205,10 @@ def load_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> E
     config = encoder_config(read_config(files.transformer), source=str(source))
     if files.width not in (None, config.hidden_size):
         raise ConfigError(f"{source}: hidden_size={config.hidden_size}, but the pooling is for {files.width}")
-    room = config.max_positions - config.first_position
-    max_tokens = files.max_seq_length or min(room, files.tokenizer_limit or room)
-    if max_tokens > room:
-        raise ConfigError(f"{source}: positions for {room} tokens, but max_seq_length={max_tokens}: lower it")
+    positions = config.max_positions - config.first_position
+    max_tokens = files.max_seq_length or min(positions, files.tokenizer_limit or positions)
+    if max_tokens > positions:
+        raise ConfigError(f"{source}: positions for {positions} tokens, but max_seq_length={max_tokens}: lower it")
 
     tokenizer = _load_tokenizer(files, config)
     if max_tokens <= tokenizer.num_special_tokens_to_add(False):

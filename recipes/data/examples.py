@@ -84,7 +84,7 @@ class TokenizeReport:
     invalid:    of those left out under skip_invalid.
     split:      how many rows became several examples, one per assistant turn.
     joined_plain: prompt and completion were joined without a chat template.
-    ends:       ids of the tokens that end what is learned: generation has to stop at each.
+    ends:       ids of the labelled tokens that end a turn: generation has to stop at each.
     appended:   the template closes no turn, so an end token was written after each.
     """
 
@@ -120,7 +120,7 @@ class TokenizeReport:
         if self.split:
             parts.append(f"{self.split} of several turns, which the template renders one example a turn")
         if self.appended:
-            parts.append("the template closes no turn: the end token is written after each and learned")
+            parts.append("the template closes no turn: the end token is written after each and labelled")
         if self.joined_plain:
             parts.append("no chat template: prompt and completion are joined as plain text")
         return "; ".join(parts)

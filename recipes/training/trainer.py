@@ -1,6 +1,6 @@
 """One optimizer step at a time: examples in, numbers out. No files, no terminal.
 
-    examples of the step = a pure function of (seed, step)                        data.batch_indices
+    examples of the step = a pure function of (seed, step)                        data/examples.py: batch_indices
     objective.pack                -> ids [1, T], lengths, labels, ...             one micro-batch
     loss = objective.summed_loss / terms of the whole step                        for SFT a term is a label
     backward, clip to a norm, AdamW with warm-up and cosine

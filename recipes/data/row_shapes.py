@@ -79,7 +79,7 @@ def fields_of(row: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[s
     ignore: keys that are left out, in the row and in its messages.
     """
     row = {key: value for key, value in row.items() if key not in ignore}
-    shapes = [key for key in ("messages", "conversations", "text") if key in row]
+    shapes: list[str] = [key for key in ("messages", "conversations", "text") if key in row]
     if "prompt" in row or "completion" in row:
         shapes.append("prompt/completion")
     if not shapes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """Base of every error this room raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class ConfigError(ModelError):
-    """A model's configuration is missing, malformed, or describes something this room does not implement."""
+    """A model's configuration is missing, malformed, or describes something that is not implemented."""
 
 
 class WeightsError(ModelError):
@@ -16,7 +16,7 @@ class WeightsError(ModelError):
 
 
 class TokenizerError(ModelError):
-    """A tokenizer's files are missing, malformed, or of a kind this room does not implement."""
+    """A tokenizer's files are missing, malformed, or of a kind that is not implemented."""
 
 
 class TemplateError(ModelError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RecipeError(ValueError):
-    """Base of every error this room raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class PullError(RecipeError):

@@ -1,5 +1,6 @@
-"""The documented import path of `Trainer`, which is defined in `training.trainer`."""
+"""The documented import path of `Trainer` and `TrainSettings`, which are defined in `training`."""
 
-from .training.trainer import Trainer, TrainSettings
+from .training.settings import TrainSettings
+from .training.trainer import Trainer
 
 __all__ = ["TrainSettings", "Trainer"]

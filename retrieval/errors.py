@@ -1,4 +1,4 @@
-"""Every error this room raises on purpose, one class per kind of fault.
+"""Every error that this package raises on purpose, one class per kind of fault.
 
 A message is one line: which file, what was found, what was wanted, what to do.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class StoreError(ValueError):
-    """Base of all errors of this room: catch this one to catch them all."""
+    """Base of all errors of this package: catch this one to catch them all."""
 
 
 class DocumentError(StoreError):

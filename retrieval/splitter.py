@@ -112,7 +112,7 @@ def split_text(
 
 
 def _overlap_start(costs: list[int], first: int, done: int, size: int, overlap: int) -> int:
-    """Step back from unit `done` over whole units worth <= overlap tokens that leave room for unit `done`."""
+    """Step back from unit `done` over whole units of <= overlap tokens while unit `done` still fits beside them."""
     if done == len(costs):
         return done
     budget = min(overlap, size - costs[done])

@@ -2,9 +2,9 @@
 
 The folder of a store:
 
-    store.sqlite3                    the only truth (schema.sql); -wal and -shm lie beside it while it is open
+    store.sqlite3                    the only truth (sqlite/schema.sql); -wal and -shm are beside it while it is open
     store.lock                       the process that may write
-    index-*.hnsw, manifest.json      a cache (ann.py), built again when it is missing or doubtful
+    index-*.hnsw, manifest.json      a cache (index/), built again when it is missing or not trusted
 
 A document is stored whole or not at all. Chunking and embedding come first, outside of any transaction; then
 one transaction writes the document's text, chunks and vectors, in place of what was stored under the same

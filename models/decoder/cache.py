@@ -28,8 +28,8 @@ class KVCache:
         `length` itself moves only in `advance`, once every layer has appended.
         """
         end = self.length + k.shape[2]
-        keys = self._room(self._keys[layer], k, end)
-        values = self._room(self._values[layer], v, end)
+        keys = self._grown(self._keys[layer], k, end)
+        values = self._grown(self._values[layer], v, end)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         self._keys[layer], self._values[layer] = keys, values
@@ -44,7 +44,7 @@ class KVCache:
         """Bytes allocated."""
         return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
 
-    def _room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+    def _grown(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= end:
             return buffer
         capacity = max(self._capacity, end, 0 if buffer is None else 2 * buffer.shape[2])

@@ -56,7 +56,7 @@ class GenerationStats:
         return (self.generated_tokens - 1) / self.generated_seconds if self.generated_seconds else 0.0
 
     def lines(self) -> str:
-        """The three lines mlx-lm's users know."""
+        """Three lines, as mlx-lm prints them."""
         return (
             f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec\n"
             f"Generation: {self.generated_tokens} tokens, {self.generation_tps:.3f} tokens-per-sec\n"
@@ -214,8 +214,8 @@ def generate(
         raise ModelError(
             f"prompt: {len(ids)} tokens, the model was trained for {model.config.max_positions}: shorten it"
         )
-    room = model.config.max_positions - len(ids)
-    return Generation(model, tok, ids, max_tokens=min(max_tokens, room), sampling=sampling, stop=stop)
+    left = model.config.max_positions - len(ids)
+    return Generation(model, tok, ids, max_tokens=min(max_tokens, left), sampling=sampling, stop=stop)
 
 
 def prompt_ids(

@@ -3,7 +3,7 @@
     enc = load_encoder("DIR")
     enc.encode(["hello world"])      # float32 [1, D]
 
-Four steps, each a module's: the tokenizer cuts a text into at most `max_tokens` ids, `bert` makes a vector of
+Four steps, each in a file of its own: the tokenizer cuts a text into at most `max_tokens` ids, `bert` makes a vector of
 every token, `pooling` makes one of them all, and the folder says whether it is scaled to unit length.
 
 Texts are sorted by length and laid end to end without padding (see `bert`), so a text's vector depends on its
@@ -36,6 +36,7 @@ from ..errors import ConfigError, TokenizerError, WeightsError
 from ..files.config_json import read_config
 from ..files.weights import Checkpoint
 from ..text.tokenizer_files import add_missing_tokens, follow_config, parse, read_object, read_tokenizer
+from ..text.unicode import lone_surrogate
 from .bert import Bert, EncoderConfig, encoder_config, read_state
 from .pooling import SentenceFiles, read_sentence_files
 
@@ -96,7 +97,7 @@ class Encoder(Bert):
         prompt:            text to put there instead; "" for none at all.
         max_batch_tokens:  tokens computed at once; None keeps the widest intermediate below 16 MiB.
         progress:          called with (texts done, texts in all) after every batch.
-        Raises TokenizerError: a text is not valid Unicode, or the prompt leaves it no room.
+        Raises TokenizerError: a text is not valid Unicode, or the prompt leaves it no token.
         Raises ConfigError: there is no prompt of that name.
         Raises WeightsError: a vector is not finite.
         """
@@ -209,10 +210,10 @@ def load_encoder(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> E
     config = encoder_config(read_config(files.transformer), source=str(source))
     if files.width not in (None, config.hidden_size):
         raise ConfigError(f"{source}: hidden_size={config.hidden_size}, but the pooling is for {files.width}")
-    room = config.max_positions - config.first_position
-    max_tokens = files.max_seq_length or min(room, files.tokenizer_limit or room)
-    if max_tokens > room:
-        raise ConfigError(f"{source}: positions for {room} tokens, but max_seq_length={max_tokens}: lower it")
+    positions = config.max_positions - config.first_position
+    max_tokens = files.max_seq_length or min(positions, files.tokenizer_limit or positions)
+    if max_tokens > positions:
+        raise ConfigError(f"{source}: positions for {positions} tokens, but max_seq_length={max_tokens}: lower it")
 
     tokenizer = _load_tokenizer(files, config)
     if max_tokens <= tokenizer.num_special_tokens_to_add(False):
@@ -260,13 +261,8 @@ def _checked(texts: Sequence[str]) -> Sequence[str]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}] is {type(text).__name__}, wanted str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as fault:
-            raise TokenizerError(
-                f"text {i}: character {fault.start} is {text[fault.start]!r}, half of a surrogate pair: "
-                "clean it, e.g. text.encode('utf-8', 'replace').decode()"
-            ) from None
+        if fault := lone_surrogate(text):
+            raise TokenizerError(f"text {i}: {fault}: clean it, e.g. text.encode('utf-8', 'replace').decode()")
     return texts
 
 

@@ -1,7 +1,7 @@
 """A model folder in bitsandbytes' 4-bit form: which weights of a checkpoint are in it, and what a folder of ours says.
 
-transformers writes such a folder with `save_pretrained`. Its config.json has a `quantization_config` (config.py reads
-it), and each quantized weight is five or six tensors with JSON of its own (../quant/bnb_files.py). Where the two
+transformers writes such a folder with `save_pretrained`. Its config.json has a `quantization_config` (decoder/config.py
+reads it), and each quantized weight is five or six tensors with JSON of its own (quant/bnb_files.py). Where the two
 disagree the JSON is right: config.json says how the model was asked to be quantized, not how each tensor was. So a
 layer that its maker left dense is loaded dense, and block sizes, of which config.json knows nothing, may differ.
 
@@ -74,7 +74,7 @@ def read_packed(checkpoint: Checkpoint, name: str, packed: PackedWeight, *, chec
 
 
 def check_packed_names(packed: Mapping[str, PackedWeight], checkpoint: Checkpoint, *, dense: set[str]) -> None:
-    """Raises WeightsError: nothing is in 4 bits after all, or something that this room holds dense is."""
+    """Raises WeightsError: no tensor is in 4 bits, or one is that has to be dense here."""
     if not packed:
         raise WeightsError(
             f"{checkpoint.folder}: config.json says 4-bit bitsandbytes, but no tensor is stored so: "

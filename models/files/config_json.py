@@ -1,4 +1,4 @@
-"""config.json of a model folder, as it stands: decoder/config.py and encoder/bert.py say what it means."""
+"""config.json of a model folder, unchanged: decoder/config.py and encoder/bert.py say what it means."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A folder that appears whole or not at all.
+"""A folder, or a file, that appears whole or not at all.
 
 It is built under a hidden name beside its place, every file in it is forced to the disk, and one rename makes it
-appear. Whoever finds it finds all of it; whoever is killed leaves only the hidden name, which the next attempt clears.
+appear. A reader never sees half of it; a killed process leaves only the hidden name, which the next attempt clears.
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import WeightsError
+
+
+def check_free(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder that can be written: there is nothing, or an empty folder.
+
+    Raises WeightsError: something is there.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeightsError(f"{target}: already there and not empty: choose another folder or remove it")
+    return target
+
 
 def fsync(path: Path) -> None:
     """Forces a file's bytes, or a folder's names, to the disk."""
@@ -20,6 +33,20 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; when the block ends without an exception, that file becomes `path`."""
+    building = beside(path, str(os.getpid()))
+    try:
+        yield building
+        fsync(building)
+        building.replace(path)
+        fsync(path.parent)
+    except BaseException:  # ctrl-C too: nothing half-made stays behind
+        building.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -56,6 +83,6 @@ def _settle(work: Path) -> None:
         fsync(Path(where))
 
 
-def beside(folder: Path, suffix: str) -> Path:
-    """The hidden name that work on `folder` goes by."""
-    return folder.with_name(f".{folder.name}.{suffix}")
+def beside(path: Path, suffix: str) -> Path:
+    """The hidden name that work on a file or folder goes by."""
+    return path.with_name(f".{path.name}.{suffix}")

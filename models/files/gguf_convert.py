@@ -8,7 +8,7 @@ Two things differ between the formats and are undone on the way:
   file does not know is refused: the wrong splitter would give wrong ids without any error.
 
 Left out: other architectures, biases, SentencePiece vocabularies, rotary scaling, mixtures of experts. Each
-is refused by name. The container itself, and how little of it is trusted: `gguf_file`.
+is refused by name. The container, and how it is checked: `gguf_read`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A decoder written as an ordinary Hugging Face folder: what `load_model`, transformers and converters all read.
 
-Two forms of the same folder: dense, or with the projections in bitsandbytes' 4 bits (bnb_folder.py). Nobody ever finds
-half a model (folders.py). Weights go into one safetensors file; sharding is left out, since the format has no size
+Two forms of the same folder: dense, or with the projections in bitsandbytes' 4 bits (bnb_folder.py). Half a model
+is never seen (folders.py). Weights go into one safetensors file; sharding is left out, since the format has no size
 limit.
 """
 
@@ -24,7 +24,7 @@ from ..decoder.decoder import Decoder
 from ..errors import WeightsError
 from .bnb_folder import packed_tensors, quantization_config
 from .config_json import read_config
-from .folders import new_folder
+from .folders import check_free, new_folder
 
 # Beside weights and config.json, what makes a folder usable: copied as it is where it exists.
 COMPANIONS = (
@@ -53,7 +53,7 @@ def save_model(
     folder: where; must not exist, or be empty.  source: the folder the model was loaded from.
     Raises WeightsError: the place is taken, or a layer of the model has no dense weight.
     """
-    target = _free(folder)
+    target = check_free(folder)
     return _write(target, model, _dense_tensors(model, dtype), source=source, dtype=dtype, quantization=None)
 
 
@@ -69,7 +69,7 @@ def save_quantized(
     dtype: of embedding, norms, biases, head, and of projections that are dense. The 4-bit ones are written as they are.
     Raises WeightsError: the place is taken; no layer is in 4 bits, or one is that has to be dense.
     """
-    target = _free(folder)
+    target = check_free(folder)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     if not layers:
         raise WeightsError(f"{target}: no layer of the model is in 4 bits: load it with quantize, or use save_model")
@@ -80,13 +80,6 @@ def save_quantized(
     dense = [path for path, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)]
     quantization = quantization_config(layers, dense=dense, dtype=dtype)
     return _write(target, model, tensors, source=source, dtype=dtype, quantization=quantization)
-
-
-def _free(folder: str | os.PathLike[str]) -> Path:
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightsError(f"{target}: already there and not empty: choose another folder or remove it")
-    return target
 
 
 def _write(
@@ -108,9 +101,9 @@ def _write(
         config.pop("torch_dtype", None)  # the old name of the same field
         config.pop("quantization_config", None)  # the source's
         config["tie_word_embeddings"] = model.lm_head.weight is model.model.embed_tokens.weight
-        if quantization is not None:
-            config["quantization_config"] = quantization
         spell_rope_twice(config)
+        if quantization is not None:
+            config["quantization_config"] = quantization  # last, so that saving again gives the same bytes
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COMPANIONS:
             for path in sorted(Path(source).glob(name)):

@@ -9,10 +9,10 @@ The header is untrusted input. Everything it claims is checked against the size 
 allocated: tensors in offset order, no hole, no overlap, no byte left over, shape times item size equal to the span.
 The rules are those of the official Rust reader, and a test mutates files and compares the two verdicts.
 
-Tensors are read with `pread` and not mapped. A mapped file that somebody truncates kills the process with SIGBUS,
-which no program can catch; and mapped pages count as resident, so that a model quantized while it loads would seem
-(and under a memory limit: would be) twice as large. What this costs: a tensor is copied once, at the speed of the
-page cache, and there is no lazy slicing.
+Tensors are read with `pread` and not mapped. If a mapped file is truncated, the process is killed with SIGBUS; and
+mapped pages count as resident, so that a model quantized while it loads would seem (and under a memory limit: would
+be) twice as large. What this costs: a tensor is copied once, at the speed of the page cache, and there is no lazy
+slicing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
+from ..text.unicode import lone_surrogate
 
 MAX_HEADER_BYTES = 100_000_000  # the official reader's cap
 SINGLE = "model.safetensors"
@@ -155,8 +156,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         raise _HeaderError("a key appears twice")
     for key in out:
-        if any("\ud800" <= c <= "\udfff" for c in key):
-            raise _HeaderError(f"key {key!r} is not valid Unicode")
+        if fault := lone_surrogate(key):
+            raise _HeaderError(f"key {key!r}: {fault}")
     return out
 
 

@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers, chat templates, and which tokens of a chat are learned."""
+"""Text to token ids and back: tokenizers, chat templates, and which tokens of a chat are labelled."""

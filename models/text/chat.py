@@ -30,6 +30,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from ..errors import TemplateError, TokenizerError
 from .chat_template import ChatTemplate
+from .unicode import lone_surrogate
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -122,12 +123,8 @@ class ChatEncoder:
         """
         opening, closing = rendering.marks[0], rendering.marks[1]
         text = unmarked(text, rendering.marks[2:])
-        surrogate = re.search(r"[\ud800-\udfff]", text)
-        if surrogate:
-            raise TokenizerError(
-                f"messages: they hold the lone surrogate U+{ord(surrogate.group()):04X}, which is not Unicode"
-                " text: decode them properly"
-            )
+        if fault := lone_surrogate(text):
+            raise TokenizerError(f"messages: in the rendered chat, {fault}: decode them properly")
         if not rendering.protected:
             encoding = self._raw.encode(text, add_special_tokens=False)
             return Encoded(encoding.ids, encoding.offsets)

@@ -6,8 +6,8 @@
 Where a folder keeps it, as transformers 5 looks for it: `chat_template.jinja`, else "chat_template" in
 `tokenizer_config.json` (a string, or a list of {"name", "template"}); extra ones in
 `additional_chat_templates/*.jinja`. Among several, "tool_use" serves a request with tools and "default" every
-other. There is no built-in template to fall back on: a guessed format gives plausible, worse answers, and
-nobody notices.
+other. There is no built-in template to fall back on: a guessed format gives plausible, worse answers
+without an error.
 
 A template is run by a child process under limits of processor time, memory and output (`template_worker` says
 why and how). It starts with the first render (about 0.1 s), serves all later ones (some 0.2 ms each), is

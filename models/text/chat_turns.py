@@ -133,7 +133,7 @@ class _Finder:
     def _closed(self, text: str, start: int) -> Turn:
         """The turn from `start` to its end token, or to its last character that is no white space."""
         end = len(text.rstrip(self._blank))
-        run = []
+        run: list[re.Match[str]] = []
         for match in reversed(list(self._specials(text, start, len(text)))):
             if match.end() != end:
                 break

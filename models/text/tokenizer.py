@@ -45,6 +45,7 @@ from .tokenizer_files import (
     special_strings,
     token_ids,
 )
+from .unicode import lone_surrogate
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
@@ -76,7 +77,6 @@ class Tokenizer:
                     `eos_token`; empty when no file names one.
     eos_id:         the one to write at a text's end: that of `eos_token` if it is in eos_ids, else the first;
                     or None.
-    bos_id:         the id of `bos_token`, or None.
     vocab_size:     one more than the largest id: what an embedding must have at least.
     """
 
@@ -95,7 +95,7 @@ class Tokenizer:
         self.special_tokens = dict(special)
         self.special_ids = frozenset(i for i, t in raw.get_added_tokens_decoder().items() if t.special)
         self.vocab_size = 1 + max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.bos_id = self._special_id("bos_token")
+        self._special_id("bos_token")  # refused if tokenizer.json does not have it
         own = self._special_id("eos_token")
         self.eos_ids = frozenset(eos_ids) if eos_ids else frozenset(() if own is None else (own,))
         self.eos_id = own if own in self.eos_ids or not eos_ids else eos_ids[0]
@@ -130,7 +130,8 @@ class Tokenizer:
         add_special:   add what tokenizer.json's post-processor puts around a text ("<s>").
         Raises TokenizerError: the text holds a lone surrogate.
         """
-        check_unicode(text)
+        if fault := lone_surrogate(text):
+            raise TokenizerError(f"text: {fault}: decode it properly")
         tokenizer = self._raw if parse_special else self._plain
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
@@ -178,28 +179,6 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the folder has a chat template."""
         return bool(self._templates)
-
-    def chat_text(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """The chat as the template writes it. For reading: encoding this text again loses what `chat`
-        protects.
-
-        Arguments and errors as `chat`.
-        """
-        chat = self._chat.render(
-            self._templates.pick(tools=tools is not None),
-            messages,
-            {**self.special_tokens, "tools": tools, **variables},
-            cuts=[(len(messages), add_generation_prompt)],
-            protect=False,
-        )
-        return chat.texts[0]
 
     def chat(
         self,
@@ -315,14 +294,3 @@ class Detokenizer:
         elif final:  # nothing to show, but still context (a space that is dropped at the start of a text)
             self._shown, self._held = window[-self.LONGEST :], []
         return after[len(before) :]
-
-
-def check_unicode(text: str) -> None:
-    """Raise TokenizerError, with the place, if `text` holds a lone surrogate."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"text: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which is "
-            "not Unicode text: decode it properly"
-        ) from error

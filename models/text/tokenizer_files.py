@@ -48,7 +48,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_tokenizer(path: Path) -> dict[str, Any]:
     """tokenizer.json as an object that `parse` accepts, without its truncation and padding.
 
-    Those two are settings of whoever saved the file (all-MiniLM-L6's cuts every text at 128 tokens), not of
+    Those two are settings of the program that saved the file (all-MiniLM-L6's cuts every text at 128 tokens), not of
     the model.
     Raises TokenizerError: the file is missing, malformed, or of a kind `tokenizers` does not read.
     """

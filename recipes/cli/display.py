@@ -1,4 +1,4 @@
-"""What a command shows: words for people, or one JSON document for machines, never both on one stream.
+"""What a command shows: text for people, or one JSON document for programs, never both on one stream.
 
 Without --json, results go to standard output and progress to standard error. With --json, standard output holds
 exactly one JSON document, the command's result, and everything said on the way goes to standard error.
@@ -6,9 +6,10 @@ exactly one JSON document, the command's result, and everything said on the way 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -73,6 +74,13 @@ class Display:
             console=self.progress_console,
             transient=False,
         )
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
+        """A progress bar that is moved by calls with (how many are done, of how many)."""
+        with self.progress() as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def size(n: float) -> str:

@@ -5,56 +5,54 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...models import Encoder, generate, load_encoder
-from ...retrieval import Hit, Store, read_documents
 from ..errors import UsageError
-from ..hub.assemble import assemble
-from ..hub.pull import resolve_model
-from ..rag.answer import NOT_FOUND, Answer, cite, fitting
 from .display import Display, size
-from .text import add_generation_flags, generation_options, stream
+from .flags import (
+    add_generation_flags,
+    add_model_flags,
+    add_search_flags,
+    add_store_flags,
+    add_verb,
+    generation_options,
+)
+from .text import stream
 
-ENCODER = "minilm-l6"
+if TYPE_CHECKING:
+    from ...models import Encoder
+    from ...retrieval import Hit, Store
+    from ..rag import Answer
 
 
 def register(verbs: Any) -> None:
     """Adds the verbs' flags."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = verbs.add_parser("index", help="put documents into a store", formatter_class=formatter)
-    p.set_defaults(run=index)
+    p = add_verb(verbs, "index", run_index, help="put documents into a store")
     p.add_argument("files", nargs="+", help="text and markdown files, or folders of them")
-    _add_store_flags(p)
+    add_store_flags(p)
     p.add_argument("--append", action="store_true", help="add to a store that is there already")
     p.add_argument("--chunk-size", type=int, help="tokens in a chunk; default: what the encoder can read at once")
     p.add_argument("--chunk-overlap", type=int, help="tokens that neighbouring chunks share (default: 20)")
 
-    p = verbs.add_parser("search", help="find passages in a store", formatter_class=formatter)
-    p.set_defaults(run=search)
+    p = add_verb(verbs, "search", run_search, help="find passages in a store")
     p.add_argument("question")
-    _add_store_flags(p)
-    _add_search_flags(p)
+    add_store_flags(p)
+    add_search_flags(p)
 
-    p = verbs.add_parser("ask", help="answer from a store, with sources", formatter_class=formatter)
-    p.set_defaults(run=ask)
+    p = add_verb(verbs, "ask", run_ask, help="answer from a store, with sources")
     p.add_argument("question")
-    _add_store_flags(p)
-    _add_search_flags(p)
-    p.add_argument("--model", default="smollm2-135m-instruct", help="a model folder, or a name that `pull` knows")
-    p.add_argument("--quantize", choices=["nf4", "fp4", "none"], help="hold the projections in 4 bits")
-    p.add_argument("--dtype", default="auto", help="of arithmetic and dense weights")
+    add_store_flags(p)
+    add_search_flags(p)
+    add_model_flags(p, model="smollm2-135m-instruct")
     add_generation_flags(p)
 
 
-def _add_store_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--store", required=True, help="folder of the store")
-    p.add_argument("--encoder", default=ENCODER, help="an encoder's folder, or a name that `pull` knows")
+def open_encoder(args: argparse.Namespace) -> Encoder:
+    """The encoder that --encoder names."""
+    from ...models import load_encoder
+    from ..hub.pull import resolve_model
 
-
-def _add_search_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--k", type=int, default=3, help="most passages")
-    p.add_argument("--score-threshold", type=float, default=0.2, help="smallest cosine that counts as found")
+    return load_encoder(resolve_model(args.encoder))
 
 
 def open_store(
@@ -66,6 +64,8 @@ def open_store(
     chunk_overlap: int | None = None,
 ) -> Store:
     """The store in `folder`, its texts embedded and counted by `encoder`."""
+    from ...retrieval import Store
+
     return Store.open(
         folder,
         embedder=encoder.encode,
@@ -78,19 +78,22 @@ def open_store(
     )
 
 
-def index(args: argparse.Namespace, display: Display) -> int:
+def run_index(args: argparse.Namespace, display: Display) -> int:
     """`qlorag index`."""
+    from ...retrieval import read_documents
+
     there = (Path(args.store) / "store.sqlite3").exists()
     if there and not args.append:
         raise UsageError(f"{args.store}: already holds a store: add to it with --append, or name another folder")
-    encoder = load_encoder(resolve_model(args.encoder))
+    encoder = open_encoder(args)
     read = read_documents(args.files)
+    window = encoder.max_tokens - encoder.num_special  # tokens of the text itself
     chunk_size = args.chunk_size
     if chunk_size is None and not there:
-        chunk_size = encoder.max_tokens - 2  # [CLS] and [SEP] take a place each
-    if chunk_size is not None and chunk_size > encoder.max_tokens - 2:
+        chunk_size = window
+    if chunk_size is not None and chunk_size > window:
         display.say(
-            f"note: the encoder reads {encoder.max_tokens - 2} tokens of a chunk; of chunks of {chunk_size} the rest "
+            f"note: the encoder reads {window} tokens of a chunk; of chunks of {chunk_size} the rest "
             "is not searched, though it is shown to the model",
             style="yellow",
         )
@@ -99,9 +102,9 @@ def index(args: argparse.Namespace, display: Display) -> int:
     if not read.documents:
         raise UsageError(f"{' '.join(args.files)}: no document could be read")
     with open_store(args.store, encoder, chunk_size=chunk_size, chunk_overlap=args.chunk_overlap) as store:
-        with display.progress() as progress:
-            task = progress.add_task("indexing", total=len(read.documents))
-            report = store.add(read.documents, progress=lambda done, _: progress.update(task, completed=done))
+        with display.counting("indexing") as progress:
+            progress(0, len(read.documents))
+            report = store.add(read.documents, progress=progress)
         stats = store.stats()
     display.say(
         f"{args.store}: {report.added} documents added, {report.replaced} replaced, {report.unchanged} unchanged; "
@@ -112,9 +115,9 @@ def index(args: argparse.Namespace, display: Display) -> int:
     return 1 if read.failures else 0
 
 
-def search(args: argparse.Namespace, display: Display) -> int:
+def run_search(args: argparse.Namespace, display: Display) -> int:
     """`qlorag search`."""
-    hits = _find(args, load_encoder(resolve_model(args.encoder)))
+    hits = _find(args)
     if not hits:
         display.say(f"nothing with a score of at least {args.score_threshold}")
     show_sources(hits, display)
@@ -122,48 +125,40 @@ def search(args: argparse.Namespace, display: Display) -> int:
     return 0
 
 
-def ask(args: argparse.Namespace, display: Display) -> int:
+def run_ask(args: argparse.Namespace, display: Display) -> int:
     """`qlorag ask`."""
+    from ..hub.assemble import assemble
+    from ..rag import NOT_FOUND, answer_from
+
     options = generation_options(args)
-    hits = _find(args, load_encoder(resolve_model(args.encoder)))
-    if not hits:
+    hits = _find(args)
+    if not hits:  # then no model is loaded
         display.say(NOT_FOUND)
         display.result({"question": args.question, "answer": NOT_FOUND, "citations": [], "sources": []})
         return 0
-    it = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
-    context = it.model.config.max_positions
-    kept, messages = fitting(
-        args.question,
-        hits,
-        system=args.system,
-        count_tokens=lambda messages: len(it.tok.chat(messages)),
-        # The answer needs room as well, but a large --max-tokens must not cost every passage.
-        most=context - min(args.max_tokens, context // 4),
-    )
-    if len(kept) < len(hits):
+    loaded = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
+    run = answer_from(hits, loaded.model, loaded.tok, args.question, system=args.system, **options)
+    if len(run.sources) < len(hits):
         display.say(
-            f"note: only the best {len(kept)} of {len(hits)} passages fit into the model's {context} tokens",
+            f"note: only the best {len(run.sources)} of {len(hits)} passages fit into the model's {run.context} tokens",
             style="yellow",
         )
-    hits = kept
-    run = generate(it.model, it.tok, messages, **options)
     stream(run, display)
-    answer = cite(args.question, run.text, hits)
-    show_citations(answer, display)
+    show_citations(run.answer, display)
     display.result(
         {
             "question": args.question,
-            "answer": answer.text,
-            "citations": answer.citations,
-            "cited_by": answer.cited_by,
-            "sources": [as_json(h) for h in hits],
+            "answer": run.answer.text,
+            "citations": run.answer.citations,
+            "cited_by": run.answer.cited_by,
+            "sources": [as_json(h) for h in run.sources],
         }
     )
     return 0
 
 
-def _find(args: argparse.Namespace, encoder: Encoder) -> list[Hit]:
-    with open_store(args.store, encoder, read_only=True) as store:
+def _find(args: argparse.Namespace) -> list[Hit]:
+    with open_store(args.store, open_encoder(args), read_only=True) as store:
         return store.search(args.question, k=args.k, score_threshold=args.score_threshold)
 
 
@@ -172,7 +167,7 @@ def show_citations(answer: Answer, display: Display) -> None:
     how = {
         "model": "cited by the model",
         "overlap": "found by comparing words, none cited rightly by the model",
-        "none": "the answer's words stand in none of them",
+        "none": "the answer's words are in none of them",
     }[answer.cited_by]
     display.say()
     display.say(f"Sources ({how}):")

@@ -4,16 +4,16 @@
     examples, report = tokenize_rows(rows, tok, max_tokens=1024)
     batch = [examples[i] for i in batch_indices(len(examples), batch_size=4, seed=0, step=17)]
 
-What is learned:
+Which tokens are labelled:
 - a chat: every assistant turn, end-of-turn token included (`Tokenizer.chat_examples`), so not the question,
   not the system message, not the newline after a turn. A chat that the template renders differently as it goes on
   becomes one example per turn;
 - prompt and completion: the same, as a chat of one user and one assistant turn, when the tokenizer has a chat
   template (mlx-lm does so). A base model has none: then the prompt's tokens are followed by the completion's
-  and the end token, and the completion and the end token are learned. Each side is encoded alone, as the
+  and the end token, and the completion and the end token are labelled. Each side is encoded alone, as the
   prompt will be at generation;
 - a text: all of it and the end token, with what the tokenizer puts before any text ("<s>"). Special tokens
-  written in it are parsed, for such rows are often chats that somebody has formatted already. Message
+  written in it are parsed, for such rows are often chats that were formatted already. Message
   contents are never parsed.
 
 Token t is predicted from those before it, so a label on the first token teaches nothing. A row without any
@@ -42,7 +42,7 @@ from ...models.errors import ModelError
 from ...models.text.chat_labels import LabelledChat
 from ...models.text.tokenizer import Tokenizer
 from ..errors import DataError
-from .rows import Row, read_rows, read_split
+from .rows import Row, read_rows
 
 __all__ = [
     "Example",
@@ -50,7 +50,6 @@ __all__ = [
     "TokenizeReport",
     "batch_indices",
     "read_rows",
-    "read_split",
     "tokenize_rows",
 ]
 
@@ -59,7 +58,7 @@ __all__ = [
 class Example:
     """One tokenized row.
 
-    ids:  token ids [T].  mask: [T], True where the token is learned (predicted from those before it).
+    ids:  token ids [T].  mask: [T], True where the token is labelled: predicted from those before it.
     file, line: the row it comes from.
     """
 
@@ -68,26 +67,31 @@ class Example:
     line: int
     file: str = ""
 
+    @property
+    def labels(self) -> int:
+        """How many labelled tokens it has, without a first one: no token before it predicts it."""
+        return sum(self.mask[1:])
+
 
 @dataclass
 class TokenizeReport:
     """What became of the rows.
 
-    tokens, learned: of the examples; a label on a first token is not counted.
+    tokens, labels: of the examples; a label on a first token is not counted.
     truncated:  places ("file:line") of the rows that were cut at max_tokens.
     too_long:   of those dropped because they are longer.
-    unlabelled: of those dropped because nothing in them would be learned.
+    unlabelled: of those dropped because no token in them is labelled.
     invalid:    of those left out under skip_invalid.
     split:      how many rows became several examples, one per assistant turn.
     joined_plain: prompt and completion were joined without a chat template.
-    ends:       ids of the tokens that end what is learned: generation has to stop at each.
+    ends:       ids of the labelled tokens that end a turn: generation has to stop at each.
     appended:   the template closes no turn, so an end token was written after each.
     """
 
     rows: int = 0
     kept: int = 0
     tokens: int = 0
-    learned: int = 0
+    labels: int = 0
     truncated: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
@@ -104,7 +108,7 @@ class TokenizeReport:
 
     def summary(self) -> str:
         """One line for the user, naming the first row of each kind."""
-        parts = [f"{self.kept} of {self.rows} rows, {self.tokens} tokens, {self.learned} of them learned"]
+        parts = [f"{self.kept} of {self.rows} rows, {self.tokens} tokens, {self.labels} of them labelled"]
         for places, what in (
             (self.truncated, "cut at the token limit"),
             (self.too_long, "dropped: longer than the token limit"),
@@ -116,7 +120,7 @@ class TokenizeReport:
         if self.split:
             parts.append(f"{self.split} of several turns, which the template renders one example a turn")
         if self.appended:
-            parts.append("the template closes no turn: the end token is written after each and learned")
+            parts.append("the template closes no turn: the end token is written after each and labelled")
         if self.joined_plain:
             parts.append("no chat template: prompt and completion are joined as plain text")
         return "; ".join(parts)
@@ -161,7 +165,7 @@ def tokenize_rows(
             if example is not None:
                 examples.append(example)
                 report.tokens += len(example.ids)
-                report.learned += sum(example.mask[1:])
+                report.labels += example.labels
                 report.ends |= labelled.ends
                 report.appended |= labelled.appended
     if not examples:

@@ -14,6 +14,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NoReturn
 
+from ...models.text.unicode import lone_surrogate
+
 Kind = Literal["chat", "completion", "text"]
 
 # Names of speakers in the accepted shapes -> roles of chat templates.
@@ -77,7 +79,7 @@ def fields_of(row: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[s
     ignore: keys that are left out, in the row and in its messages.
     """
     row = {key: value for key, value in row.items() if key not in ignore}
-    shapes = [key for key in ("messages", "conversations", "text") if key in row]
+    shapes: list[str] = [key for key in ("messages", "conversations", "text") if key in row]
     if "prompt" in row or "completion" in row:
         shapes.append("prompt/completion")
     if not shapes:
@@ -242,8 +244,8 @@ def _string(value: Any, where: str, *, empty: bool = True) -> str:
         raise Fault(f"{where} is {kind_of(value)}, wanted a string")
     if not value and not empty:
         raise Fault(f"{where} is empty: remove the row")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise Fault(rf"{where} holds half of a surrogate pair (\ud800 ... \udfff), which is not Unicode text: mend it")
+    if fault := lone_surrogate(value):
+        raise Fault(f"{where}: {fault}: correct it")
     return value
 
 

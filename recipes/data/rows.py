@@ -8,7 +8,7 @@ A line is one row, and its keys say which shape it has. All shapes become one of
     {"messages": [{"from": "human", "content": "..."}, ...]}   Intel neural-chat
     {"conversations": [{"from": "human", "value": "..."}, ...]}  ShareGPT
     {"prompt": "...", "completion": "..."}                     mlx-lm; also two lists of messages
-    {"text": "..."}                                            mlx-lm: plain text, all of it learned
+    {"text": "..."}                                            mlx-lm: plain text, all of it labelled
 
 (`row_shapes` reads them.) Rows of different shapes may stand in one file. A row that fits two shapes is
 refused, and so is anything else that would have to be guessed: a wrong type, an unknown role, an unknown key, a key
@@ -63,17 +63,14 @@ def split_path(folder: str | Path, split: str) -> Path:
     return Path(folder) / f"{split}.jsonl"
 
 
-def read_split(folder: str | Path, split: str, *, skip_invalid: bool = False) -> tuple[list[Row], list[str]]:
-    """The rows of a data folder's train.jsonl, valid.jsonl or test.jsonl.
-
-    Raises DataError: the file is missing, or see `read_rows`.
-    """
+def find_split(folder: str | Path, split: str) -> Path:
+    """The same file, which must be there. Raises DataError: it is missing."""
     path = split_path(folder, split)
     if not path.is_file():
         there = ", ".join(sorted(entry.name for entry in path.parent.glob("*.jsonl")))
         found = f"the folder has {there or 'no .jsonl'}" if path.parent.is_dir() else "nor is its folder"
         raise DataError(f"{path}: not found, {found}: write it with one row a line, {SHAPES}")
-    return read_rows(path, skip_invalid=skip_invalid)
+    return path
 
 
 def read_rows(

@@ -17,7 +17,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True)
-class Assembled:
+class LoadedModel:
     """A decoder, its tokenizer, the folder both came from, and how its base is quantized (None: it is not)."""
 
     model: Decoder
@@ -28,13 +28,13 @@ class Assembled:
 
 def assemble(
     name: str, *, adapter_path: str | None = None, quantize: str | None = None, dtype: str = "auto"
-) -> Assembled:
+) -> LoadedModel:
     """Loads a decoder and its tokenizer, and attaches the adapter if one is given.
 
     name:     a model folder or a name that `pull` knows.
     quantize: "nf4", "fp4", "none" (as the folder stores it), or None for: as the adapter's base was in training.
     dtype:    "auto", or a key of DTYPES.
-    Raises the errors of the rooms: ModelError, AdapterError, RecipeError.
+    Raises ModelError, AdapterError, RecipeError.
     """
     folder = resolve_model(name)
     info = adapter_info(adapter_path) if adapter_path else None
@@ -50,7 +50,7 @@ def assemble(
     if adapter_path:
         load_adapter(model, adapter_path, base_fingerprint=model.fingerprint)
     model.eval()
-    return Assembled(model, tok, folder, "+".join(held) or None)
+    return LoadedModel(model, tok, folder, "+".join(held) or None)
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -1,8 +1,8 @@
 """A model in the form that other programs read: a folder in bitsandbytes' 4 bits.
 
-Nothing is lost on the way that quantizing does not lose: what is written is what `--quantize` holds in memory, byte for
+Nothing is lost beyond what quantizing loses: what is written is what `--quantize` holds in memory, byte for
 byte, and transformers with bitsandbytes decodes the same numbers from it. An adapter is not part of it. Written into a
-4-bit weight, most of a small update would be rounded away (fuse.py), so a 4-bit base travels beside its adapter.
+4-bit weight, most of a small update would be rounded away (fuse.py), so a 4-bit base and its adapter are two folders.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def export_bnb(
 
     name: a model folder or a name that `pull` knows. One that is in 4 bits already keeps its bytes.
     save_path: the new folder; must not exist, or be empty.  dtype: of everything that stays dense.
-    Raises the errors of the rooms: ModelError, QuantizationError, RecipeError.
+    Raises ModelError, QuantizationError, RecipeError.
     """
     source = resolve_model(name)
     model = load_model(source, quantize=quantize, block_size=block_size, double_quant=double_quant, dtype=dtype)

@@ -14,19 +14,19 @@ import torch
 from ...lora import MergeReport, merge, to_dense
 from ...models import save_model
 from ...quant import QuantizedLinear
-from .assemble import Assembled
+from .assemble import LoadedModel
 
 
-def fuse(it: Assembled, save_path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
+def fuse(loaded: LoadedModel, save_path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
     """Merges the attached adapter and saves the model as a Hugging Face folder.
 
-    it: a model with an adapter attached; afterwards its layers are dense and merged.
+    loaded: a model with an adapter attached; afterwards its layers are dense and merged.
     Returns what merging changed, layer by layer.
     Raises WeightsError: the place is taken.  AdapterError: no adapter is attached.
     """
-    report = merge(it.model, dtype=dtype)
-    for path, layer in list(it.model.named_modules()):  # 4-bit layers that carried no adapter
+    report = merge(loaded.model, dtype=dtype)
+    for path, layer in list(loaded.model.named_modules()):  # 4-bit layers that carried no adapter
         if isinstance(layer, QuantizedLinear):
-            it.model.set_submodule(path, to_dense(layer, dtype))
-    save_model(it.model, save_path, source=it.folder, dtype=dtype)
+            loaded.model.set_submodule(path, to_dense(layer, dtype))
+    save_model(loaded.model, save_path, source=loaded.folder, dtype=dtype)
     return report

@@ -1,4 +1,4 @@
-"""Where pulled models live, and who may put one there.
+"""Where pulled models are kept, and the lock under which one is put there.
 
 `$QLORAG_HOME`, else `$XDG_CACHE_HOME/qlorag`, else `~/.cache/qlorag`. A model is the folder `models/<name>`
 in it, and that name is the only sign that the model is complete (models/files/folders.py). What a killed process

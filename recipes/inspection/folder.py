@@ -1,132 +1,132 @@
-"""What a folder holds, in words: a model, an adapter, a training run, a store, or training data."""
+"""What a folder holds: a model, an adapter, a training run, a store, or training data; as plain data.
+
+recipes/cli/inspection.py shows these facts.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ...kernels import dispatch, nf4
-from ...lora import adapter_info
-from ...models import SafetensorsFile, load_tokenizer
-from ...retrieval import Store
-from ..cli.display import Display, count
+from ...lora import AdapterInfo, adapter_info
+from ...models import SafetensorsFile, Tokenizer, load_tokenizer
+from ...retrieval import Stats, Store
 from ..data.examples import read_rows, tokenize_rows
 from ..errors import UsageError
 from ..hub.pull import resolve_model
 from ..training.checkpoint import FOLDER, checkpoints
 from ..training.metrics import read_metrics
-from .model import inspect_model
-
-OPERATIONS = ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")  # of kernels/, beside nf4, whose backends differ
+from .model import ModelFacts, inspect_model
 
 
-def inspect_folder(
-    name: str, display: Display, *, quantize: str | None, model: str | None, tensors: bool = False
-) -> dict[str, Any]:
-    """Describes what `name` is. Raises UsageError: it is none of them; and the errors of their readers."""
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter: what its files say, and how many parameters it has."""
+
+    folder: Path
+    info: AdapterInfo
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run that was interrupted or is under way: its adapter is not written yet.
+
+    checkpoint, step: the newest checkpoint and its step, if there is one.
+    losses: {event: (step, loss)}, the last of each.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    step: int | None
+    losses: dict[str, tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """A store, as it describes itself."""
+
+    folder: Path
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class DataFileFacts:
+    """One file of rows.  shapes: {shape: rows}.  tokens, labels: with a model's tokenizer, else None."""
+
+    rows: int
+    invalid: int
+    shapes: dict[str, int]
+    tokens: int | None = None
+    labels: int | None = None
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Training data: one file, or the .jsonl files of a folder, by name."""
+
+    path: Path
+    files: dict[str, DataFileFacts]
+
+
+Facts = ModelFacts | AdapterFacts | RunFacts | StoreFacts | DataFacts
+
+
+def inspect_folder(name: str, *, quantize: str | None = None, model: str | None = None) -> Facts:
+    """What `name` is: a folder, a .jsonl file, or the name of a model that `pull` knows.
+
+    quantize: also load a model in 4 bits and measure it.  model: whose tokenizer counts the tokens of data.
+    Raises UsageError: it is none of them; and the errors of their readers.
+    """
     path = Path(name)
     if path.suffix == ".jsonl" and path.is_file():
-        return _data(path, display, model)
+        return _data(path, model)
     if (path / "adapter_config.json").exists():
-        return _adapter(path, display)
+        return _adapter(path)
     if (path / "store.sqlite3").exists():
-        return _store(path, display)
+        return _store(path)
     if not (path / "config.json").exists():  # a model's folder may hold anything else besides
         if (path / "metrics.jsonl").exists() or (path / FOLDER).is_dir():
-            return _run(path, display)
+            return _run(path)
         if path.is_dir() and any(path.glob("*.jsonl")):
-            return _data(path, display, model)
+            return _data(path, model)
     folder = resolve_model(name)
     if (folder / "config.json").exists():
-        return inspect_model(folder, display, quantize=quantize, tensors=tensors)
+        return inspect_model(folder, quantize=quantize)
     raise UsageError(f"{name}: holds no config.json, adapter_config.json, store.sqlite3 or .jsonl file")
 
 
-def inspect_backends(display: Display) -> list[dict[str, Any]]:
-    """Which implementations of each operation of kernels/ can run here, and why the others cannot."""
-    backends = nf4.available_backends()
-    for name in OPERATIONS:
-        backends += dispatch.available_backends(name)
-    rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
-    title = "backend=None takes an operation's first that runs on the tensors' device."
-    display.table(["operation", "backend", "runs here", "detail"], rows, title=title)
-    return [b._asdict() for b in backends]
-
-
-def _adapter(path: Path, display: Display) -> dict[str, Any]:
+def _adapter(path: Path) -> AdapterFacts:
     info = adapter_info(path)
     tensors = SafetensorsFile(path / "adapter_model.safetensors").entries.values()
-    parameters = sum(math.prod(e.shape) for e in tensors)
-    quantized = "not recorded" if info.quantize is None else ", ".join(f"{k}={v}" for k, v in info.quantize.items())
-    display.table(
-        ["", str(path)],
-        [
-            ("adapter", f"LoRA r={info.config.r} alpha={info.config.alpha:g} dropout={info.config.dropout:g}"),
-            ("layers", f"{len(info.layers)}: {', '.join(sorted({n.rpartition('.')[2] for n in info.layers}))}"),
-            ("parameters", count(parameters)),
-            ("base", f"{info.base_name or 'not named'}, fingerprint {(info.base_fingerprint or 'not recorded')[:16]}"),
-            ("base quantized", quantized if info.base_fingerprint else "not recorded"),
-        ],
-    )
-    return {
-        "kind": "adapter",
-        "r": info.config.r,
-        "alpha": info.config.alpha,
-        "layers": len(info.layers),
-        "parameters": parameters,
-        "base": info.base_name,
-        "base_fingerprint": info.base_fingerprint,
-        "quantize": info.quantize,
-    }
+    return AdapterFacts(path, info, sum(math.prod(e.shape) for e in tensors))
 
 
-def _run(path: Path, display: Display) -> dict[str, Any]:
-    """A run that was interrupted or is under way: its adapter is not written yet."""
+def _run(path: Path) -> RunFacts:
     saved, metrics = checkpoints(path), path / "metrics.jsonl"
-    step = int(saved[-1].name.rpartition("-")[2]) if saved else None
-    losses: dict[str, tuple[int, float]] = {}  # the last of each event
-    for event in read_metrics(metrics) if metrics.exists() else []:
-        losses[event["event"]] = (event["step"], event["loss"])
-    go_on = f"the train command again, with --adapter-path {path} and " + ("--resume" if saved else "--overwrite")
-    rows = [
-        ("training run", "not finished: there is no adapter_config.json"),
-        ("newest checkpoint", "none" if step is None else f"step {step}"),
-        *((f"last {event} loss", f"{loss:.4f} at step {at}") for event, (at, loss) in losses.items()),
-        ("to go on" if saved else "to start anew", go_on),
-    ]
-    display.table(["", str(path)], rows)
-    return {
-        "kind": "run",
-        "checkpoint": None if step is None else str(saved[-1]),
-        "step": step,
-        "losses": {event: {"step": at, "loss": loss} for event, (at, loss) in losses.items()},
-    }
+    losses = {e["event"]: (e["step"], e["loss"]) for e in (read_metrics(metrics) if metrics.exists() else [])}
+    if not saved:
+        return RunFacts(path, None, None, losses)
+    return RunFacts(path, saved[-1], int(saved[-1].name.rpartition("-")[2]), losses)
 
 
-def _store(path: Path, display: Display) -> dict[str, Any]:
+def _store(path: Path) -> StoreFacts:
     with Store.open(path, read_only=True) as store:
-        stats = vars(store.stats())
-    display.table(["", str(path)], [(k.replace("_", " "), v) for k, v in stats.items()])
-    return {"kind": "store", **stats}
+        return StoreFacts(path, store.stats())
 
 
-def _data(path: Path, display: Display, model: str | None) -> dict[str, Any]:
+def _data(path: Path, model: str | None) -> DataFacts:
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
     tok = load_tokenizer(resolve_model(model)) if model else None
-    rows, result = [], {}
-    for file in files:
-        read, skipped = read_rows(file, skip_invalid=True)
-        shapes = Counter(r.kind for r in read)
-        entry: dict[str, Any] = {"rows": len(read), "invalid": len(skipped), "shapes": dict(shapes)}
-        tokens = "-"
-        if tok is not None:
-            examples, _ = tokenize_rows(read, tok, max_tokens=10**9)
-            entry["tokens"] = sum(len(e.ids) for e in examples)
-            entry["trained_tokens"] = sum(sum(e.mask) for e in examples)
-            tokens = f"{entry['tokens']}, {entry['trained_tokens']} trained"
-        rows.append((file.name, len(read), len(skipped), ", ".join(f"{n} {k}" for k, n in shapes.items()), tokens))
-        result[file.name] = entry
-    display.table(["file", "rows", "invalid", "shapes", "tokens"], rows, title=str(path))
-    return {"kind": "data", "files": result}
+    return DataFacts(path, {file.name: _data_file(file, tok) for file in files})
+
+
+def _data_file(file: Path, tok: Tokenizer | None) -> DataFileFacts:
+    rows, skipped = read_rows(file, skip_invalid=True)
+    shapes = dict(Counter(str(r.kind) for r in rows))
+    if tok is None:
+        return DataFileFacts(len(rows), len(skipped), shapes)
+    _, report = tokenize_rows(rows, tok, max_tokens=10**9)
+    return DataFileFacts(len(rows), len(skipped), shapes, report.tokens, report.labels)

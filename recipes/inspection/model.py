@@ -14,15 +14,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ...models import Checkpoint, decoder_config, load_model, read_config
+from ...models import Checkpoint, DecoderConfig, decoder_config, load_model, read_config
 from ...models.decoder.config import FAMILIES
 from ...models.files.bnb_folder import packed_weights
 from ...quant import QuantizedLinear
-from ..cli.display import Display, count, size
 
 
 @dataclass(frozen=True)
@@ -38,66 +36,93 @@ class TensorFacts:
 
     @property
     def bits(self) -> float:
+        """Bits per weight."""
         return 8 * self.nbytes / self.parameters if self.parameters else 0.0
 
     @property
     def kind(self) -> str:
-        """What such tensors have in common: q_proj, input_layernorm, ...; biases are told from weights."""
+        """What such tensors have in common: q_proj, input_layernorm, ...; biases are a kind of their own."""
         path, _, leaf = self.name.rpartition(".")
         last = path.rpartition(".")[2] or leaf
         return last if leaf == "weight" else f"{last}.{leaf}"
 
 
-def inspect_model(folder: Path, display: Display, *, quantize: str | None, tensors: bool) -> dict[str, Any]:
-    """Describes a model folder.
+@dataclass(frozen=True)
+class KindFacts:
+    """All tensors of one kind that are stored alike."""
 
-    quantize: also load it in 4 bits and measure the error.  tensors: list every tensor, not only kinds.
+    kind: str
+    stored: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    error: float | None
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return 8 * self.nbytes / max(self.parameters, 1)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model folder holds.
+
+    parameters, tensor_count, nbytes, dtypes: of the stored tensors; dtypes is {dtype or 4-bit kind: parameters}.
+    config:  of a decoder; None for other models.
+    tensors: each weight, as it is in memory if the model was quantized for the inspection.
+    """
+
+    folder: Path
+    model_type: str | None
+    config: DecoderConfig | None
+    parameters: int
+    tensor_count: int
+    nbytes: int
+    dtypes: dict[str, int]
+    fingerprint: str
+    tensors: list[TensorFacts]
+
+    @property
+    def packed(self) -> list[TensorFacts]:
+        """The weights in 4 bits."""
+        return [f for f in self.tensors if f.packed]
+
+    @property
+    def kinds(self) -> list[KindFacts]:
+        """The tensors by kind, in the order of the first of each."""
+        groups: dict[tuple[str, str], list[TensorFacts]] = {}
+        for f in self.tensors:
+            groups.setdefault((f.kind, f.stored), []).append(f)
+        return [
+            KindFacts(kind, stored, len(group), sum(f.parameters for f in group), sum(f.nbytes for f in group),
+                      mean_error(group))
+            for (kind, stored), group in groups.items()
+        ]  # fmt: skip
+
+
+def inspect_model(folder: Path, *, quantize: str | None = None) -> ModelFacts:
+    """The facts of a model folder.
+
+    quantize: also load a decoder in 4 bits and measure the error.
     """
     raw, checkpoint = read_config(folder), Checkpoint(folder)
-    facts = stored_facts(checkpoint)
-    parameters = sum(f.parameters for f in facts)
+    stored = stored_facts(checkpoint)
     dtypes: Counter[str] = Counter()
-    for f in facts:
+    for f in stored:
         dtypes[f.stored] += f.parameters
-    result: dict[str, Any] = {
-        "kind": "model",
-        "model_type": raw.get("model_type"),
-        "parameters": parameters,
-        "bytes": sum(checkpoint.nbytes(n) for n in checkpoint.names()),
-        "dtypes": dict(dtypes),
-        "fingerprint": checkpoint.fingerprint(),
-    }
-    shares = ", ".join(f"{d} ({100 * n / max(parameters, 1):.1f} %)" for d, n in dtypes.most_common())
-    rows = [
-        ("type", str(raw.get("model_type"))),
-        ("parameters", f"{count(parameters)} in {len(facts)} tensors"),
-        ("stored as", shares),
-        ("weights", size(result["bytes"])),
-        ("fingerprint", result["fingerprint"][:16]),
-    ]
     decoder = raw.get("model_type") in FAMILIES
-    if decoder:
-        rows[1:1] = _shape(raw, folder)
-        if quantize:
-            facts = quantized_facts(folder, checkpoint, facts, quantize)
-    packed = [f for f in facts if f.packed]
-    if packed:
-        totals = _totals(packed, facts)
-        result |= totals
-        rows += [
-            (f"as {', '.join(sorted({f.stored for f in packed}))}",
-             f"{count(totals['quantized_parameters'])} parameters in 4 bits, "
-             f"{totals['bits_per_weight']:.3f} bits each with all their state"),
-            ("in memory", f"{size(totals['quantized_bytes'])} packed and {size(totals['dense_bytes'])} dense"),
-        ]  # fmt: skip
-        if totals["error"] is not None:
-            rows.append(("error", f"{100 * totals['error']:.2f} % RMS of the weights in 4 bits"))
-    display.table(["", str(folder)], rows)
-    if packed or tensors:
-        result["kinds"] = _show_kinds(facts, display)
-    if tensors:
-        result["tensors"] = _show_tensors(facts, display)
-    return result
+    return ModelFacts(
+        folder=folder,
+        model_type=raw.get("model_type"),
+        config=decoder_config(raw, source=str(folder / "config.json")) if decoder else None,
+        parameters=sum(f.parameters for f in stored),
+        tensor_count=len(stored),
+        nbytes=sum(checkpoint.nbytes(n) for n in checkpoint.names()),
+        dtypes=dict(dtypes),
+        fingerprint=checkpoint.fingerprint(),
+        tensors=quantized_facts(folder, checkpoint, stored, quantize) if decoder and quantize else stored,
+    )
 
 
 def stored_facts(checkpoint: Checkpoint) -> list[TensorFacts]:
@@ -143,69 +168,11 @@ def quantized_facts(folder: Path, checkpoint: Checkpoint, facts: list[TensorFact
     return out
 
 
-def _shape(raw: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    c = decoder_config(raw, source=str(folder / "config.json"))
-    return [
-        ("shape", f"{c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads over {c.num_kv_heads} KV heads"),
-        ("vocabulary", f"{c.vocab_size}, head {'tied to the embedding' if c.tied_head else 'of its own'}"),
-        ("context", f"{c.max_positions} tokens, RoPE {c.rope.kind} with theta {c.rope.theta:g}"),
-    ]
-
-
-def _totals(packed: list[TensorFacts], facts: list[TensorFacts]) -> dict[str, Any]:
-    parameters, nbytes = sum(f.parameters for f in packed), sum(f.nbytes for f in packed)
-    return {
-        "quantized_parameters": parameters,
-        "quantized_bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / parameters,
-        "dense_bytes": sum(f.nbytes for f in facts if not f.packed),
-        "error": _mean_error(packed),
-    }
-
-
-def _mean_error(facts: Iterable[TensorFacts]) -> float | None:
+def mean_error(facts: Iterable[TensorFacts]) -> float | None:
     """Root of the mean of squared relative errors, each tensor by its size; None if they are not known."""
     known = [(f.error, f.parameters) for f in facts if f.error is not None]
     total = sum(n for _, n in known)
     return math.sqrt(sum(e * e * n for e, n in known) / total) if total else None
-
-
-def _show_kinds(facts: list[TensorFacts], display: Display) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str], list[TensorFacts]] = {}
-    for f in facts:
-        groups.setdefault((f.kind, f.stored), []).append(f)
-    kinds: list[dict[str, Any]] = [
-        {
-            "kind": kind,
-            "stored": stored,
-            "tensors": len(group),
-            "parameters": (parameters := sum(f.parameters for f in group)),
-            "bytes": (nbytes := sum(f.nbytes for f in group)),
-            "bits_per_weight": 8 * nbytes / max(parameters, 1),
-            "error": _mean_error(group),
-        }
-        for (kind, stored), group in groups.items()
-    ]
-    rows = [
-        (k["kind"], k["stored"], k["tensors"], count(k["parameters"]), size(k["bytes"]),
-         f"{k['bits_per_weight']:.3f}", _percent(k["error"]))
-        for k in kinds
-    ]  # fmt: skip
-    display.table(["kind", "stored as", "tensors", "parameters", "bytes", "bits per weight", "error"], rows)
-    return kinds
-
-
-def _show_tensors(facts: list[TensorFacts], display: Display) -> list[dict[str, Any]]:
-    rows = [(f.name, f.stored, count(f.parameters), f"{f.bits:.3f}", _percent(f.error)) for f in facts]
-    display.table(["tensor", "stored as", "parameters", "bits per weight", "error"], rows)
-    return [
-        {"name": f.name, "stored": f.stored, "parameters": f.parameters, "bits_per_weight": f.bits, "error": f.error}
-        for f in facts
-    ]
-
-
-def _percent(error: float | None) -> str:
-    return "-" if error is None else f"{100 * error:.2f} %"
 
 
 def _layer_order(name: str) -> tuple[tuple[int, int | str], ...]:

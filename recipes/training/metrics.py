@@ -8,9 +8,11 @@ lines after the checkpoint's step are dropped, since those steps are done again.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ...models.files.folders import new_file
+from .trainer import StepReport
 
 
 class MetricsLog:
@@ -22,9 +24,8 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
         kept = [e for e in read_metrics(path) if e["step"] <= resume_at] if resume_at and path.exists() else []
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
-        temporary.replace(path)
+        with new_file(path) as building:
+            building.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, event: str, **values: Any) -> None:
@@ -35,6 +36,21 @@ class MetricsLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def train_event(report: StepReport) -> dict[str, Any]:
+    """The values of a step's "train" event."""
+    return {
+        "step": report.step,
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+        "seconds": round(report.seconds, 4),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        **({"skipped": True} if report.skipped else {}),
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -64,16 +80,15 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         axes.plot(*zip(*_smooth(train), strict=True), color="#1f5fa8", linewidth=2, label="train, smoothed")
     if valid:
         axes.plot(*zip(*valid, strict=True), color="#d1603d", marker="o", linewidth=1.5, label="valid")
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", title="Training loss")
+    axes.set(xlabel="step", ylabel="loss (nats per label)", title="Training loss")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or valid:
         axes.legend(frameon=False)
-    temporary = picture.with_name(f".{picture.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
+    with new_file(picture) as building:
+        figure.savefig(building, format="png")
     plt.close(figure)
-    temporary.replace(picture)
 
 
 def _smooth(points: list[tuple[int, float]], *, weight: float = 0.8) -> list[tuple[int, float]]:

@@ -72,7 +72,7 @@ class Searcher:
         return self._index is None or (self._index.dead + self._exact.ids.size > _STALE * self._index.ids.size)
 
     def build(self, connection: sqlite3.Connection) -> str:
-        """Build and publish the index; its SHA-256, or "" if there is nothing to build or no room for it.
+        """Build and publish the index; its SHA-256, or "" if there is nothing to build or the disk is full.
 
         The caller is the store's only writer, and records the SHA-256 in the database.
         """

@@ -1,4 +1,4 @@
-"""The SQLite file: create it whole, open it only if it is sound, and say in plain words what is wrong with
+"""The SQLite file: create it whole, open it only if it is sound, and say what is wrong with
 it.
 
 Journal mode is WAL with `synchronous=FULL`: a commit is on the disk when it returns, and readers keep a
@@ -156,7 +156,7 @@ def transaction(connection: sqlite3.Connection, kind: str, path: Path) -> Iterat
 
 @contextmanager
 def translated_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as this room's, with the file's name and what to do."""
+    """SQLite's errors as StoreErrors, with the file's name and what to do."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from qlorag.models import load_tokenizer
 from qlorag.recipes.cli.main import main
-from qlorag.recipes.rag.answer import prompt_messages
+from qlorag.recipes.rag import prompt_messages
 from qlorag.retrieval import Hit
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 

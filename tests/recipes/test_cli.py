@@ -156,7 +156,15 @@ def test_inspect_lists_the_backends_of_every_operation(capsys: Capture) -> None:
     assert {b["detail"] for b in backends if b["backend"] == "triton"} == {
         "on tensors of the GPU" if gpu else "no GPU: torch.cuda.is_available() is False"
     }
-    assert {b["backend"] for b in backends if not b["available"]} == (set() if gpu else {"triton"})
+    for b in backends:  # what C runs depends on the processor and on a compiler; the others do not
+        assert b["detail"], b
+        if b["backend"] != "c":
+            assert b["available"] == (gpu if b["backend"] == "triton" else True), b
+    plain = {b["operation"] for b in backends if b["backend"] in ("reference", "torch")}
+    assert plain == {b["operation"] for b in backends}  # each runs everywhere
+    c = {b["operation"]: (b["available"], b["detail"]) for b in backends if b["backend"] == "c"}
+    assert c["nf4.quantize"] == c["nf4.dequantize"] == c["nf4.matmul"]
+    assert c["nf4.matmul"][0] or not c["nf4.matmul_backward"][0]  # the same library with AMX on top
     out, _ = said(capsys, 0, "inspect", "--backends")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     words = {True: "yes", False: "no"}
@@ -318,6 +326,61 @@ def test_wrong_base_is_refused_with_both_fingerprints(
     _, err = said(capsys, 1, "generate", "--model", other, "--adapter-path", trained / "adapter", "--prompt", "x")
     fingerprints = {result(capsys, "inspect", m)["fingerprint"][:12] for m in (tiny_dir, other)}
     assert len(fingerprints) == 2 and all(f in err for f in fingerprints)
+
+
+VERBS = ("pull", "fuse", "export", "inspect", "train", "evaluate", "generate", "chat", "index", "search", "ask", "demo")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
+def test_help_does_not_import_torch(argv: list[str]) -> None:
+    """Nor what else takes long to import. So it takes 0.2 s, not the 3 s of torch."""
+    heavy = ("torch", "numpy", "tokenizers", "hnswlib", "matplotlib", "yaml")
+    code = (
+        "import sys\nfrom qlorag.recipes.cli.main import main\n"
+        f"try:\n    main({argv!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"found = [name for name in {heavy!r} if name in sys.modules]\nassert not found, found\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("qlorag 0." if argv == ["--version"] else "usage: qlorag")
+
+
+def test_the_help_names_every_verb_and_each_takes_the_common_flags(capsys: Capture) -> None:
+    from qlorag.recipes.cli import build_parser
+
+    _, verbs = build_parser()
+    assert sorted(verbs) == sorted(VERBS)
+    for name, verb in verbs.items():
+        assert not verb.allow_abbrev
+        assert {"--config", "--json", "--debug"} <= {f for a in verb._actions for f in a.option_strings}, name
+        assert all(a.help for a in verb._actions if a.option_strings), name
+
+
+def test_a_wrong_command_is_an_error_without_torch() -> None:
+    code = (
+        "import sys\nfrom qlorag.recipes.cli.main import main\nassert main(['inspect', '--config', 'no.yaml']) == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError that no part of the program raises on purpose is a bug: it is not shown as a user's error."""
+    import qlorag.recipes.hub.pull as module
+
+    def broken(name: str) -> Path:
+        raise ValueError("invalid literal")
+
+    monkeypatch.setattr(module, "pull", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["pull", "minilm-l6"])
+
+
+def test_defaults_of_the_lora_flags_are_those_of_the_layer() -> None:
+    from qlorag.lora import LoRAConfig
+    from qlorag.recipes.cli.train import LORA_DEFAULTS
+
+    assert {name: getattr(LoRAConfig(), name) for name in LORA_DEFAULTS} == LORA_DEFAULTS
 
 
 def test_an_unknown_verb_or_flag_exits_with_2(capsys: Capture) -> None:

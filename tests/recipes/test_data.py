@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qlorag.models import load_tokenizer
 from qlorag.models.text.tokenizer import Tokenizer
+from qlorag.recipes.data import Example, Row, batch_indices, read_rows, tokenize_rows
 from qlorag.recipes.data import rows as rows_module
-from qlorag.recipes.data.examples import Example, Row, batch_indices, read_rows, read_split, tokenize_rows
+from qlorag.recipes.data.rows import find_split
 from qlorag.recipes.data.show_mask import mask_runs, show_mask
 from qlorag.recipes.errors import DataError
 from tokenizers import Tokenizer as RawTokenizer
@@ -172,7 +173,7 @@ def test_text_rows(tmp_path: Path, tok: Tokenizer) -> None:
         2,
     ]  # begun and ended as the tokenizer's files say
     assert all(examples[0].mask)
-    assert report.learned == len(examples[0].ids) - 1  # nothing predicts the first token
+    assert report.labels == len(examples[0].ids) - 1  # nothing predicts the first token
     # A chat that somebody formatted: its special tokens are parsed, and neither beginning nor end is doubled.
     row = one(tmp_path, {"text": "<|endoftext|><|im_start|>user\nhi<|im_end|>"})
     ids = tokenize_rows([row], tok, max_tokens=99)[0][0].ids
@@ -210,7 +211,7 @@ def test_the_real_tokenizer(tmp_path: Path, smollm2_dir: Path) -> None:
     row = one(tmp_path, {"prompt": "Who is Patroclos Lemoniatis?", "completion": "A software developer from Cyprus"})
     examples, report = tokenize_rows([row], tok, max_tokens=512)
     assert learned(row, tok) == ["A software developer from Cyprus<|im_end|>"]
-    assert report.summary() == f"1 of 1 rows, {len(examples[0].ids)} tokens, {sum(examples[0].mask)} of them learned"
+    assert report.summary() == f"1 of 1 rows, {len(examples[0].ids)} tokens, {sum(examples[0].mask)} of them labelled"
 
 
 # ---------------------------------------------------------------- files
@@ -392,7 +393,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]}\n',
         r"messages\[0\]\.tool_calls\[0\]\.function\.arguments is not JSON",
     ),
-    "surrogate": (b'{"text": "\\ud83d"}\n', "text holds half of a surrogate pair"),
+    "surrogate": (b'{"text": "\\ud83d"}\n', r"text: character 0 is the lone surrogate U\+D83D"),
     "long number": (b'{"text": ' + b"9" * 5000 + b"}\n", "not JSON"),
 }
 
@@ -434,13 +435,13 @@ def test_empty_and_hopeless_files(tmp_path: Path) -> None:
 
 def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl: not found, the folder has no \.jsonl: write it"):
-        read_split(tmp_path, "train")
+        find_split(tmp_path, "train")
     write(tmp_path / "train.jsonl", {"text": "a"})
-    assert len(read_split(tmp_path, "train")[0]) == 1
+    assert find_split(tmp_path, "train") == tmp_path / "train.jsonl"
     with pytest.raises(DataError, match=r"valid\.jsonl: not found, the folder has train\.jsonl"):
-        read_split(tmp_path, "valid")
+        find_split(tmp_path, "valid")
     with pytest.raises(DataError, match="nor is its folder"):
-        read_split(tmp_path / "none", "train")
+        find_split(tmp_path / "none", "train")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         read_rows(tmp_path)
 

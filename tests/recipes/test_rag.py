@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from qlorag.recipes.errors import UsageError
-from qlorag.recipes.rag.answer import EXAMPLES, SYSTEM, cite, fitting, prompt_messages
+from qlorag.recipes.rag import cite, fitting, prompt_messages
+from qlorag.recipes.rag.prompt import EXAMPLES, SYSTEM
 from qlorag.retrieval import Hit
 
 BEES = "A hive has one queen. Worker bees gather nectar and make honey from it."

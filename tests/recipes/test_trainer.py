@@ -21,8 +21,11 @@ from qlorag.recipes.cli.main import main
 from qlorag.recipes.data.examples import Example
 from qlorag.recipes.errors import TrainingError
 from qlorag.recipes.training.metrics import MetricsLog, plot_losses, read_metrics
+from qlorag.recipes.training.objectives import SFT
+from qlorag.recipes.training.objectives.packing import pack
 from qlorag.recipes.training.optimizers import AdamW, clip_gradients
-from qlorag.recipes.training.trainer import Trainer, TrainSettings, learning_rate, mean_loss, pack, perplexity
+from qlorag.recipes.training.settings import TrainSettings
+from qlorag.recipes.training.trainer import Trainer, learning_rate, mean_loss, perplexity
 from safetensors.torch import load_file
 
 
@@ -48,14 +51,12 @@ def adapted(
 
 def gradients(model: Decoder, groups: list[list[Example]]) -> dict[str, torch.Tensor]:
     """Of the mean loss over all labels of all groups, each group packed alone."""
-    from qlorag.recipes.training.trainer import summed_loss
-
     batches = [pack(g) for g in groups]
     total = sum(len(b.labels) for b in batches)
     for _, p in trainable_parameters(model):
         p.grad = None
     for b in batches:
-        (summed_loss(model, b) / total).backward()
+        (SFT().summed_loss(model, b) / total).backward()
     return {n: p.grad.clone() for n, p in trainable_parameters(model)}
 
 

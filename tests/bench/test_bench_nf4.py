@@ -328,6 +328,7 @@ def test_every_missed_target_has_a_reason(bench: ModuleType) -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.deep
 def test_the_whole_of_it_runs(bench: ModuleType, tmp_path: Path) -> None:
     """Every part, in its own process, as the command line starts it; at sizes where the figures mean nothing."""
     import subprocess

@@ -114,6 +114,7 @@ def test_the_limit_is_the_slower_of_moving_and_multiplying(shared: ModuleType) -
     assert limit(square, "float16") is None
 
 
+@pytest.mark.deep
 def test_from_the_command_line_to_the_table(tmp_path: Path, shared: ModuleType) -> None:
     found = {}
     for name in ("rope", "lora"):

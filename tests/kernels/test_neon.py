@@ -15,6 +15,8 @@ import torch
 from qlorag.kernels.native import LEVELS, LevelError, build, choose_level, levels_up_to
 from qlorag.kernels.nf4 import cpu
 
+pytestmark = pytest.mark.deep
+
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"  # Debian: gcc-aarch64-linux-gnu, qemu-user
 AT_ALL_LEVELS = pytest.mark.parametrize("level", ["scalar", "neon"])
 

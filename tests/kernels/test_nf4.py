@@ -25,6 +25,8 @@ from qlorag.kernels.nf4 import (
 )
 from qlorag.kernels.nf4.backends import choose_backend
 
+pytestmark = pytest.mark.isa
+
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("nf4", "fp4")

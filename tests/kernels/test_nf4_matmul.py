@@ -12,6 +12,8 @@ from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, FUSED_ROWS, Nested, QuantizationError, cpu, fused_rows
 from torch.autograd import forward_ad
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

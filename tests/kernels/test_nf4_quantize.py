@@ -9,6 +9,8 @@ import torch
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, QuantizationError, codebook, ops
 
+pytestmark = pytest.mark.isa
+
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("nf4", "fp4")

@@ -15,6 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+pytestmark = pytest.mark.isa
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -10,6 +10,8 @@ from qlorag.lora import AdapterError, LoRALinear
 from qlorag.lora.layer import SHORT_INPUT, LoRABranch, _mask
 from torch import nn
 
+pytestmark = pytest.mark.isa
+
 DTYPE = torch.float64
 
 

@@ -18,6 +18,8 @@ from qlorag.quant import linear as linear_module
 from torch import nn
 from torch.autograd import forward_ad
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

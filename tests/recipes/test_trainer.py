@@ -25,6 +25,8 @@ from qlorag.recipes.training.optimizers import AdamW, clip_gradients
 from qlorag.recipes.training.trainer import Trainer, TrainSettings, learning_rate, mean_loss, pack, perplexity
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.isa
+
 
 def example(seed: int, n: int, prompt: int) -> Example:
     ids = torch.randint(3, 200, (n,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -188,10 +188,11 @@ def test_golden_b_has_two_nested_blocks():
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("backend", ["reference", "c"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_quantize_equals_bitsandbytes(block_size, kind, dtype):
+def test_quantize_equals_bitsandbytes(block_size, kind, dtype, backend):
     """Bytes, absmax and nested state, on whole blocks, a ragged tail, an odd count, and zero blocks."""
     import bitsandbytes.functional as bnb
 
@@ -202,20 +203,20 @@ def test_quantize_equals_bitsandbytes(block_size, kind, dtype):
         w = w.to(dtype)
         want_packed, want = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind)
         _, double = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=True)
-        for backend in ("reference", "c"):
-            packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size, backend=backend)
-            assert torch.equal(packed, want_packed.view(-1))
-            assert torch.equal(absmax, want.absmax)
-            codes, nested = nf4.quantize_absmax(absmax, backend=backend)
-            assert torch.equal(codes, double.absmax)
-            assert torch.equal(nested.absmax, double.state2.absmax)
-            assert torch.equal(nested.offset, double.offset)
+        packed, absmax = nf4.quantize(w, kind=kind, block_size=block_size, backend=backend)
+        assert torch.equal(packed, want_packed.view(-1))
+        assert torch.equal(absmax, want.absmax)
+        codes, nested = nf4.quantize_absmax(absmax, backend=backend)
+        assert torch.equal(codes, double.absmax)
+        assert torch.equal(nested.absmax, double.state2.absmax)
+        assert torch.equal(nested.offset, double.offset)
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("backend", ["reference", "c"])
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_dequantize_equals_bitsandbytes(block_size, double_quant):
+def test_dequantize_equals_bitsandbytes(block_size, double_quant, backend):
     """Only where bitsandbytes' CPU kernel is right: rows that are a multiple of the block size."""
     import bitsandbytes.functional as bnb
 
@@ -224,23 +225,22 @@ def test_dequantize_equals_bitsandbytes(block_size, double_quant):
         options = {"kind": kind, "block_size": block_size}
         packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type=kind, compress_statistics=double_quant)
         want = bnb.dequantize_4bit(packed, state)
-        for backend in ("reference", "c"):
-            got = round_trip(w, **options, double_quant=double_quant, dtype=dtype, backend=backend)
-            assert torch.equal(got, want), (kind, dtype, backend)
+        got = round_trip(w, **options, double_quant=double_quant, dtype=dtype, backend=backend)
+        assert torch.equal(got, want), (kind, dtype, backend)
 
 
 @pytest.mark.oracle
-def test_absmax_codes_equal_bitsandbytes_on_many_values():
+@pytest.mark.parametrize("backend", ["reference", "c"])
+def test_absmax_codes_equal_bitsandbytes_on_many_values(backend):
     """The 65536-point grid is not the nearest code everywhere: it takes many values to see it is the same."""
     import bitsandbytes.functional as bnb
 
     for seed, scale in itertools.product(range(4), (1e-3, 1.0, 40.0)):
         absmax = torch.rand(40_000 + 77, generator=torch.Generator().manual_seed(seed)) ** 3 * scale
         want, state = bnb.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
-        for backend in ("reference", "c"):
-            codes, nested = nf4.quantize_absmax(absmax, backend=backend)
-            assert torch.equal(codes, want)
-            assert torch.equal(nested.absmax, state.absmax)
+        codes, nested = nf4.quantize_absmax(absmax, backend=backend)
+        assert torch.equal(codes, want)
+        assert torch.equal(nested.absmax, state.absmax)
 
 
 def test_zero_blocks_stay_zero():
@@ -366,6 +366,7 @@ def test_the_thread_count_does_not_change_a_bit(level):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.compiler
 def test_dispatch_takes_c_on_the_cpu_and_the_reference_elsewhere():
     assert choose_backend(CPU, torch.float32, None) == "c"
     assert choose_backend(CPU, torch.float64, None) == "reference"
@@ -376,6 +377,7 @@ def test_dispatch_takes_c_on_the_cpu_and_the_reference_elsewhere():
     assert "thread" in c.detail
 
 
+@pytest.mark.compiler
 def test_levels_are_refused_by_name(monkeypatch):
     packed, absmax = nf4.quantize(torch.ones(64))
     monkeypatch.setenv("QLORAG_CPU_LEVEL", "sse9")

@@ -100,6 +100,7 @@ def test_a_float16_result_is_the_float32_one_rounded_once(level):
     assert y.isinf().any()
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 0), (2, 1, 3)])
 def test_leading_dimensions_and_strides(leading):
     w = packed_weight(5, 64)
@@ -166,6 +167,7 @@ def test_a_bias_is_added():
         torch.testing.assert_close(nf4.matmul(x, **w, bias=bias), nf4.matmul(x, **w) + bias)
 
 
+@pytest.mark.compiler
 def test_a_prepared_product_keeps_its_weight_alive():
     w = packed_weight(33, 128)
     x = torch.randn(2, 128, generator=generator())
@@ -177,6 +179,7 @@ def test_a_prepared_product_keeps_its_weight_alive():
     assert torch.equal(product(x), expected)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     "x",
     [
@@ -459,6 +462,7 @@ def test_matmul_refuses(x, changed, message):
         nf4.matmul(x, **{**packed_weight(5, 64), **changed})
 
 
+@pytest.mark.compiler
 def test_other_forms_refuse_what_matmul_refuses():
     w = packed_weight(5, 64)
     with pytest.raises(QuantizationError, match=r"shape=\[5, 64, 1\]: the weight of a product has shape \[N, K\]"):

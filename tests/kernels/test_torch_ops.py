@@ -81,6 +81,7 @@ def test_tracers_record_the_operation(rows):
             assert torch.equal(traced(other), f(other))
 
 
+@pytest.mark.compiler
 def test_fake_tensors():
     """They have no memory: either the operation is one of torch's, or it refuses."""
     layer, w = QuantizedLinear.from_linear(nn.Linear(64, 48)), parts(48, 64, double_quant=True)

@@ -145,6 +145,7 @@ def test_threads_do_not_share_a_scratch():
     assert wrong == []
 
 
+@pytest.mark.compiler
 def test_without_a_gradient_few_rows_are_multiplied_by_the_packed_weight(monkeypatch):
     quantized = layer(128, 20)
     decoded: list[int] = []

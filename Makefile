@@ -2,17 +2,39 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Compilers and OpenMP obey these; tests never time anything, so two threads are plenty.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test bench lint typecheck format clean
+# Tests run in two worker processes of one thread each: `make test WORKERS=8`, or `OMP_NUM_THREADS=2 make test`, is as
+# right. A worker needs about 2 GB. tests/README.md says what runs where.
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+ISA ?= avx2
+
+.PHONY: demo test test-fast test-isa test-deep bench lint typecheck format clean
 
 demo: $(VENV)/.run
 	$(BIN)/qlorag demo
 
+# Whether a Triton kernel is compiled or interpreted is decided when it is imported: two runs of pytest, and both run
+# even if the first fails.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
+	@status=0; \
+	$(PYTEST) -m "not deep" || status=1; \
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter || status=1; \
+	exit $$status
+
+# While at work: nothing that needs a real model, another target's compiler or another program's start.
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not deep and not model and not slow"
+
+# What depends on the instruction set, once more at another one, with torch's own products held to AVX2 too.
+test-isa: $(VENV)/.test
+	QLORAG_CPU_LEVEL=$(ISA) ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m isa
+
+# Other targets' machine code, sanitizers, emulators, whole benchmarks.
+test-deep: $(VENV)/.test
+	$(PYTEST) -m deep
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run_all --json bench/results.json

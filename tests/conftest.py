@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,19 @@ import pytest
 # Whether a Triton kernel is compiled or interpreted is decided at import, so each kind has a process of its own:
 # `make test` starts both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+NO_COMPILER = None if shutil.which(CC := shlex.split(os.environ.get("CC") or "cc")[0]) else f"no C compiler: {CC}"
+OF_C = {"build_driver", "isa", "level", "matrix_unit"}  # fixtures that run what was compiled
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """Without a C compiler, skips what is marked, names the C backend as a parameter, or uses a fixture that runs C."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    of_c = parameters.get("backend") == "c" or OF_C & set(item.fixturenames) or item.get_closest_marker("compiler")
+    if NO_COMPILER and of_c:
+        pytest.skip(NO_COMPILER)
 
 
 @pytest.hookimpl(tryfirst=True)

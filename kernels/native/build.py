@@ -52,7 +52,7 @@ class Library(NamedTuple):
 
 
 _lock = threading.Lock()
-_loaded: dict[Path, Library | NativeBuildError] = {}
+_loaded: dict[Path, Library | str] = {}  # or why there is none: an error itself would keep its callers' frames alive
 
 
 def load(source: Path) -> Library:
@@ -66,11 +66,11 @@ def load(source: Path) -> Library:
             try:
                 _loaded[source] = _load(source)
             except NativeBuildError as error:
-                log.warning("%s: %s; using the slower torch reference", source.name, error)
-                _loaded[source] = error
+                _loaded[source] = str(error)
+                log.warning("%s: %s; using the slower torch reference", source.name, str(error))
         answer = _loaded[source]
-    if isinstance(answer, NativeBuildError):
-        raise answer
+    if isinstance(answer, str):
+        raise NativeBuildError(answer)
     return answer
 
 

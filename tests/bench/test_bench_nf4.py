@@ -67,6 +67,7 @@ def cuda(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return waits
 
 
+@pytest.mark.compiler
 def test_dequantize_and_quantize_at_a_tiny_size(bench: ModuleType) -> None:
     rows = bench.nf4.cpu.dequantize([256, 256], ["bfloat16", "float32"], 64, 2)["rows"]
     assert len(rows) == 2 * 7
@@ -77,6 +78,7 @@ def test_dequantize_and_quantize_at_a_tiny_size(bench: ModuleType) -> None:
     assert [row["candidate"] for row in coded] == ["qlorag C", "qlorag reference", "bitsandbytes"]
 
 
+@pytest.mark.compiler
 def test_a_wrong_result_is_not_timed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = torch.ones(4, dtype=torch.float64)
     close, far = torch.full((4,), 1.125), torch.full((4,), 1.3125)
@@ -127,6 +129,7 @@ def test_difficult_numbers_hold_exact_ties(bench: ModuleType) -> None:
         assert bench.nf4.cpu.difficult(10_000, dtype).isfinite().all()
 
 
+@pytest.mark.compiler
 def test_exactness_counts_what_differs(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = ["float32", "bfloat16", "float16"]
     for backend in ("c", "bitsandbytes"):
@@ -328,6 +331,7 @@ def test_every_missed_target_has_a_reason(bench: ModuleType) -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.deep
 def test_the_whole_of_it_runs(bench: ModuleType, tmp_path: Path) -> None:
     """Every part, in its own process, as the command line starts it; at sizes where the figures mean nothing."""
     import subprocess

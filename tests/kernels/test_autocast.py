@@ -14,6 +14,8 @@ from qlorag.kernels.rope import rope
 from qlorag.kernels.swiglu import swiglu
 from torch import Tensor
 
+pytestmark = pytest.mark.isa
+
 NARROW = (torch.bfloat16, torch.float16)
 
 

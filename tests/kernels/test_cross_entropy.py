@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.isa
+
 
 def inputs(n: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [n, D] and weight [V, D], which want gradients, and labels [n]; logits have the variance 1."""

@@ -16,6 +16,8 @@ from qlorag.kernels.rope import rope
 from qlorag.kernels.swiglu import swiglu
 from torch import Tensor
 
+pytestmark = pytest.mark.isa
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

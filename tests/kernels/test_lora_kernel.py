@@ -9,6 +9,8 @@ from qlorag.kernels.lora.reference import add_lora as reference
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+pytestmark = pytest.mark.isa
+
 S = 0.7
 # Leading dimensions, N, K, R.
 SHAPES = [((5,), 123, 77, 3), ((), 4, 6, 2), ((2, 3), 8, 5, 1), ((1,), 1, 1, 1), ((0,), 4, 6, 2), ((2, 0), 4, 6, 2)]

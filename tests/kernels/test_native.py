@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,7 @@ def count_compilations(monkeypatch) -> list[Path]:
     return calls
 
 
+@pytest.mark.compiler
 def test_compiles_once_then_reads_the_cache(source, tmp_path, monkeypatch):
     calls = count_compilations(monkeypatch)
     assert answer(source) == 42 and answer(source) == 42
@@ -77,6 +80,7 @@ def test_compiles_once_then_reads_the_cache(source, tmp_path, monkeypatch):
     assert entry.name.startswith("op-cpu-") and entry.suffix == ".so"
 
 
+@pytest.mark.compiler
 def test_a_changed_source_compiler_or_flag_is_another_entry(source, tmp_path, monkeypatch):
     calls = count_compilations(monkeypatch)
     load(source)
@@ -92,6 +96,7 @@ def test_a_changed_source_compiler_or_flag_is_another_entry(source, tmp_path, mo
     assert len(calls) == 4 and len(cached(tmp_path)) == 4
 
 
+@pytest.mark.compiler
 def test_a_changed_file_that_the_source_includes_is_another_entry(source, monkeypatch):
     part = source.with_name("part.c")
     part.write_text("enum { ANSWER = 42 };")
@@ -102,6 +107,7 @@ def test_a_changed_file_that_the_source_includes_is_another_entry(source, monkey
     assert answer(source) == 43
 
 
+@pytest.mark.compiler
 def test_openmp_is_torchs_own(source):
     library = load(source)
     assert library.openmp
@@ -143,6 +149,7 @@ def test_no_compiler_is_one_clear_line_once(source, monkeypatch, caplog, cc, mes
     assert record.getMessage().startswith("cpu.c: ") and "slower torch reference" in record.getMessage()
 
 
+@pytest.mark.compiler
 def test_a_compiler_that_fails_is_quoted(source, caplog):
     source.write_text("int answer(void) { return forty_two; }")
     with pytest.raises(NativeBuildError, match="forty_two"):
@@ -164,6 +171,7 @@ def test_a_compiler_that_writes_rubbish(source, tmp_path, monkeypatch):
         load(source)
 
 
+@pytest.mark.compiler
 def test_a_cache_that_cannot_be_made_still_gives_a_library(source, tmp_path, monkeypatch, caplog):
     (tmp_path / "home").write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO):
@@ -180,6 +188,7 @@ def test_a_read_only_cache_still_gives_a_library(source, tmp_path):
     assert cached(tmp_path) == []
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_cache_still_gives_a_library_and_leaves_nothing(source, tmp_path, monkeypatch, step):
     def full(*_):
@@ -190,6 +199,7 @@ def test_a_full_cache_still_gives_a_library_and_leaves_nothing(source, tmp_path,
     assert cached(tmp_path) == []
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "text"])
 def test_a_damaged_entry_is_built_again(source, tmp_path, monkeypatch, damage):
     calls = count_compilations(monkeypatch)
@@ -206,6 +216,7 @@ def test_a_damaged_entry_is_built_again(source, tmp_path, monkeypatch, damage):
     assert [e.read_bytes() for e in cached(tmp_path)] == [good]  # the compiler is deterministic
 
 
+@pytest.mark.compiler
 def test_an_entry_of_another_user_is_not_run(source, tmp_path, monkeypatch):
     load(source)
     forget(monkeypatch)
@@ -219,6 +230,7 @@ def test_an_entry_of_another_user_is_not_run(source, tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.compiler
 def test_threads_that_load_at_once_compile_once(source, monkeypatch):
     calls = count_compilations(monkeypatch)
     answers: list[int] = []
@@ -258,6 +270,7 @@ def start(**env: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.compiler
 def test_two_processes_that_compile_at_once_both_work(tmp_path):
     processes = [start(QLORAG_HOME=str(tmp_path / "home")) for _ in range(2)]
     for process in processes:
@@ -265,6 +278,20 @@ def test_two_processes_that_compile_at_once_both_work(tmp_path):
         assert process.returncode == 0, err
         assert out.startswith("True") and err == ""
     assert len(cached(tmp_path)) == 1
+
+
+def test_a_failure_keeps_nothing_of_its_callers_alive(source, monkeypatch):
+    """The error is known for the rest of the process; the weights that a caller held then are not."""
+    monkeypatch.setenv("CC", str(source.parent / "nowhere"))
+
+    def attempt() -> weakref.ref[set[int]]:
+        weight = {1}
+        with contextlib.suppress(NativeBuildError):
+            load(source)
+            pytest.fail("compiled without a compiler")
+        return weakref.ref(weight)
+
+    assert [attempt()() for _ in range(2)] == [None, None]
 
 
 def test_a_program_without_a_compiler_runs_on_the_reference(tmp_path):

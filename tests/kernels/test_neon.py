@@ -15,6 +15,8 @@ import torch
 from qlorag.kernels.native import ISAS, IsaError, build, choose_isa, isas_up_to
 from qlorag.kernels.nf4 import cpu
 
+pytestmark = pytest.mark.deep
+
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"  # Debian: gcc-aarch64-linux-gnu, qemu-user
 AT_EVERY_ISA = pytest.mark.parametrize("isa", ["scalar", "neon"])
 

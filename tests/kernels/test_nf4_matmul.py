@@ -13,6 +13,8 @@ from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, FUSED_ROWS, QuantizationError, QuantizedTensor, cpu, fused_rows
 from torch.autograd import forward_ad
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -98,6 +100,7 @@ def test_a_float16_result_is_the_float32_one_rounded_once(isa):
     assert y.isinf().any()
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 0), (2, 1, 3)])
 def test_leading_dimensions_and_strides(leading):
     w = packed_weight(5, 64)
@@ -164,6 +167,7 @@ def test_a_bias_is_added():
         torch.testing.assert_close(nf4.matmul(x, w, bias=bias), nf4.matmul(x, w) + bias)
 
 
+@pytest.mark.compiler
 def test_a_prepared_product_keeps_its_weight_alive():
     w = packed_weight(33, 128)
     x = torch.randn(2, 128, generator=generator())
@@ -175,6 +179,7 @@ def test_a_prepared_product_keeps_its_weight_alive():
     assert torch.equal(product(x), expected)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     "x",
     [

@@ -9,6 +9,8 @@ import torch
 from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import BLOCK_SIZES, QuantizationError, codebook, eager
 
+pytestmark = pytest.mark.isa
+
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("nf4", "fp4")
@@ -57,6 +59,7 @@ def test_every_16_bit_number(isa, dtype):
         assert_c_is_the_reference(w, kind=kind, block_size=block_size)
 
 
+@pytest.mark.compiler
 def test_ten_million_numbers():
     """Random float32 scales, so that products fall on both sides of every threshold's last bit."""
     w = torch.randn(10_000_000, generator=generator(4))
@@ -91,6 +94,7 @@ def test_one_bad_number_anywhere_is_found(isa, dtype):
         nf4.quantize(nan, backend="c")
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 5 * 256 + 77])
 def test_scales_get_the_codes_of_the_reference(poisoned, blocks):
     for seed, scale in itertools.product(range(3), (1e-38, 1e-3, 1.0, 1e30)):
@@ -108,6 +112,7 @@ def assert_same_scales(absmax: torch.Tensor) -> None:
     assert torch.equal(nested.absmax, want.absmax) and torch.equal(nested.offset, want.offset)
 
 
+@pytest.mark.compiler
 def test_backends_are_named():
     statuses = {(s.operation, s.backend): s for s in nf4.available_backends()}
     assert statuses["nf4.quantize", "c"].available and statuses["nf4.quantize", "reference"].available

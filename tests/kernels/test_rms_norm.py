@@ -11,6 +11,8 @@ from qlorag.kernels.rms_norm.reference import rms_norm as reference
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+pytestmark = pytest.mark.isa
+
 EPS = 1e-5
 SHAPES = [(5, 123), (123,), (2, 3, 64), (1, 1), (4, 1), (0, 7), (2, 0, 7), (2, 3, 0)]
 

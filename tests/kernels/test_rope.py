@@ -11,6 +11,8 @@ from qlorag.kernels.rope.reference import rope as reference
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+pytestmark = pytest.mark.isa
+
 SHAPES = [(5, 124), (2, 3, 7, 10), (1, 2), (2, 3, 1, 4, 6), (3, 0, 8), (0, 3, 8)]
 
 

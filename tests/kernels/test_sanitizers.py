@@ -13,6 +13,8 @@ from signal import SIGBUS, SIGSEGV
 import pytest
 from qlorag.kernels.nf4.cpu import DTYPES
 
+pytestmark = pytest.mark.deep
+
 FLAGS = ("-O1", "-g", "-DHEAP", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 
 

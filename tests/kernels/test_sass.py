@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from machine_code import sass, sass_cases
 from triton.backends.compiler import GPUTarget
 
+pytestmark = pytest.mark.deep
+
 DTYPES = ("bf16", "fp16", "fp32")
 NVIDIA = [name for name, target in sass.TARGETS.items() if target.backend == "cuda"]
 CASES = {dtype: {case.name: case for case in sass.cases(dtype)} for dtype in DTYPES}

@@ -11,6 +11,8 @@ from qlorag.kernels.swiglu.reference import swiglu as reference
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+pytestmark = pytest.mark.isa
+
 SHAPES = [(5, 123), (), (1,), (2, 3, 64), (0, 7)]
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+pytestmark = pytest.mark.isa
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -69,6 +71,7 @@ def test_tracers_record_the_operation(rows):
             assert torch.equal(traced(other), f(other))
 
 
+@pytest.mark.compiler
 def test_fake_tensors():
     """They have no memory: either the operation is one of torch's, or it refuses."""
     layer, w = QuantizedLinear.from_linear(nn.Linear(64, 48)), packed_weight(48, 64, double_quant=True)

@@ -12,6 +12,8 @@ from qlorag.lora import AdapterError, LoRALinear
 from qlorag.lora.layer import SHORT_INPUT
 from torch import nn
 
+pytestmark = pytest.mark.isa
+
 DTYPE = torch.float64
 
 

@@ -7,6 +7,8 @@ import torch
 from qlorag.lora import AdapterError, LoRAConfig, LoRALinear, attach, merge, to_dense
 from torch import nn
 
+pytestmark = pytest.mark.isa
+
 CONFIG = LoRAConfig(r=4, alpha=8)
 
 

@@ -32,6 +32,8 @@ from qlorag.models import (
 from qlorag.quant import QuantizedLinear
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.isa
+
 UP = "model.layers.0.mlp.up_proj.weight"
 IDS = torch.randint(0, 128, (1, 64), generator=torch.Generator().manual_seed(1))
 SIZES = {

@@ -13,6 +13,8 @@ from qlorag.models import load_model
 from qlorag.models.decoder import causal_attention
 from qlorag.models.errors import ConfigError, WeightsError
 
+pytestmark = pytest.mark.isa
+
 TINY: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 48,

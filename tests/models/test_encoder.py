@@ -21,6 +21,8 @@ from qlorag.models.errors import ConfigError, ModelError, TokenizerError, Weight
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+pytestmark = pytest.mark.isa
+
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "a", "query", ":", "red", "blue", "12", "x"]
 TEXTS = [
     "",

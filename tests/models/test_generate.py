@@ -12,6 +12,8 @@ from qlorag.models import ModelError, TemplateError, generate, load_model, load_
 from qlorag.models.decoder.generate import GenerationStats, _StopBuffer
 from qlorag.models.decoder.sampling import Sampler, Sampling, keep_min_p, keep_top_k, keep_top_p, penalize
 
+pytestmark = pytest.mark.isa
+
 INF = float("inf")
 LOGITS = torch.log(torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]))
 

@@ -18,6 +18,8 @@ from qlorag.quant.dynamic8bit import BLOCK_SIZE, dequantize8, quantize8
 from qlorag.recipes.training.optimizers import AdamW
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.isa
+
 MAPS = {True: torch.tensor(DYNAMIC), False: torch.tensor(DYNAMIC_UNSIGNED)}
 
 

@@ -13,6 +13,8 @@ from qlorag.kernels.nf4 import BLOCK_SIZES, DYNAMIC, FP4, NF4
 from qlorag.quant import QuantizationError, QuantizedTensor, dequantize, from_bnb, quantize, to_bnb
 from qlorag.quant.bnb_files import owner
 
+pytestmark = pytest.mark.isa
+
 NAME = "model.layers.0.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 Tensors = dict[str, torch.Tensor]

@@ -18,6 +18,8 @@ from qlorag.quant import linear as linear_module
 from torch import nn
 from torch.autograd import forward_ad
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -135,6 +137,7 @@ def test_threads_do_not_share_a_scratch():
     assert wrong == []
 
 
+@pytest.mark.compiler
 def test_without_a_gradient_few_rows_are_multiplied_by_the_packed_weight(monkeypatch):
     quantized = layer(128, 20)
     decoded: list[int] = []

@@ -28,6 +28,8 @@ from qlorag.recipes.training.settings import TrainSettings
 from qlorag.recipes.training.trainer import Trainer, learning_rate, mean_loss, perplexity
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.isa
+
 
 def example(seed: int, n: int, prompt: int) -> Example:
     ids = torch.randint(3, 200, (n,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Compilers and OpenMP obey these; tests never time anything, so two threads are plenty.
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test bench lint typecheck format clean
+.PHONY: demo test mutants bench lint typecheck format clean
 
 demo: $(VENV)/.run
 	$(BIN)/qlorag demo
@@ -13,6 +13,11 @@ demo: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
+
+# Faults in the code that a test has to notice; writes tests/MUTANTS.md. About 40 minutes, and no part of CI.
+mutants: $(VENV)/.test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
+	nice $(BIN)/python tests/mutants/run.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run_all --json bench/results.json

@@ -24,6 +24,7 @@ import argparse
 import ast
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "mutants"
 TABLE = ROOT / "tests" / "MUTANTS.md"
 PACKAGES = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
+MEMORY = 8 << 30  # bytes of addresses; torch alone takes 2 to 3 GB of them
 LEAST = 85  # percent of the mutants that are not equivalent
 
 
@@ -124,7 +126,7 @@ def build(module: str) -> Path:
         "pytest_add_cli_args_test_selection": [f"tests/{name}" for name in target.tests],
         "pytest_add_cli_args": ["-m", "not model", *(["-k", f"not ({target.left_out})"] if target.left_out else [])],
         "timeout_constant": 2.0,
-        "timeout_multiplier": 8.0,
+        "timeout_multiplier": 4.0,
     }
     settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in mutmut.items())
     text = f"{config[1]}pythonpath = ['.']\n{config[2]}\n[tool.mutmut]\n{settings}"
@@ -140,13 +142,20 @@ def run(module: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "mutants")}
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1"]
     with (folder / "log").open("w") as log:
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=limit_memory
+        )
     meta = folder / "mutants" / "qlorag" / f"{module}.meta"
     if done.returncode or not meta.exists():
         raise SystemExit(f"{module}: mutmut failed, see {folder / 'log'}")
     mutants = [m._asdict() for m in read(folder, module)]
     results = {"seconds": round(time.perf_counter() - began), "mutants": mutants}
     result_file(module).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def limit_memory() -> None:
+    """A mutant that appends for ever ends in a MemoryError, which kills it, and not the machine."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def read(folder: Path, module: str) -> list[Mutant]:

@@ -57,7 +57,7 @@ TARGETS = {
     "recipes/training/trainer.py": Target(("recipes/test_trainer.py",), PROCESSES),
     "recipes/training/optimizers.py": Target(("recipes/test_optimizers.py",)),
     "recipes/training/checkpoint.py": Target(("recipes/test_checkpoint.py",)),
-    "recipes/data/examples.py": Target(("recipes/test_data.py",), "real_tokenizer or bytes_crash"),
+    "recipes/data/examples.py": Target(("recipes/test_examples.py",)),
     "models/text/chat_labels.py": Target(("models/test_tokenizer.py",), "real"),
     "models/decoder/sampling.py": Target(("models/test_sampling.py",)),
     "retrieval/splitter.py": Target(("retrieval/test_splitter.py",), "megabyte"),

@@ -7,11 +7,11 @@ export TOKENIZERS_PARALLELISM = false
 # Tests run in two worker processes of one thread each: `make test WORKERS=8`, or `OMP_NUM_THREADS=2 make test`, is as
 # right. A worker needs about 2 GB. tests/README.md says what runs where.
 WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
+test test-fast test-isa test-deep: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 ISA ?= avx2
 
-.PHONY: demo test test-fast test-isa test-deep bench lint typecheck format clean
+.PHONY: demo test test-fast test-isa test-deep mutants bench lint typecheck format clean
 
 demo: $(VENV)/.run
 	$(BIN)/qlorag demo
@@ -35,6 +35,11 @@ test-isa: $(VENV)/.test
 # Other targets' machine code, sanitizers, emulators, whole benchmarks.
 test-deep: $(VENV)/.test
 	$(PYTEST) -m deep
+
+# Faults in the code that a test has to notice; writes tests/MUTANTS.md. About 40 minutes, and no part of CI.
+mutants: $(VENV)/.test
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutants]'
+	nice $(BIN)/python tests/mutants/run.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.run_all --json bench/results.json

@@ -133,3 +133,17 @@ def test_a_mean_beyond_float32_is_refused():
     with pytest.raises(QuantizationError) as error:
         reference.quantize_absmax(torch.full((4,), 3e38))
     assert str(error.value) == ("the mean of absmax is beyond float32: scale the weights down, or double_quant=False")
+
+
+def test_scales_whose_reciprocal_overflows_have_the_outermost_codes():
+    """1 / 2^-141 is infinite in float32, and so is what it scales; it counts as ±1."""
+    codes, nested = reference.quantize_absmax(torch.tensor([0.0, 2.0**-140, 0.0, 2.0**-140]))
+    assert nested.absmax.tolist() == [2.0**-141] and codes.tolist() == [0, 255, 0, 255]
+
+
+def test_scales_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert reference.quantize(torch.ones(64), kind="nf4", block_size=32)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from qlorag.lora import LoRALinear
-from qlorag.lora.layer import SHORT_INPUT, _mask, feature_counts, is_linear, is_quantized
+from qlorag.lora.layer import SHORT_INPUT, feature_counts, is_linear, is_quantized
 from torch import nn
 
 
@@ -85,11 +85,20 @@ def test_without_dropout_no_random_number_is_drawn():
         assert torch.equal(before, torch.get_rng_state()) != drawn
 
 
+def shows_its_mask(size: int, p: float) -> LoRALinear:
+    """Over a base of zeros A = B = I return the dropped input itself: 0 where it was dropped, else x / (1 - p)."""
+    layer = LoRALinear(nn.Linear(size, size, bias=False), r=size, alpha=float(size), dropout=p)
+    for weight, value in (
+        (layer.base.weight, torch.zeros(size, size)),
+        (layer.lora_A, torch.eye(size)),
+        (layer.lora_B, torch.eye(size)),
+    ):
+        weight.data.copy_(value)
+    return layer
+
+
 def test_hundreds_of_masks_are_all_different():
-    layer = LoRALinear(nn.Linear(64, 64, bias=False), r=64, alpha=64.0, dropout=0.5)
-    layer.base.weight.data.zero_()
-    layer.lora_A.data.copy_(torch.eye(64))
-    layer.lora_B.data.copy_(torch.eye(64))
+    layer = shows_its_mask(64, 0.5)
     torch.manual_seed(0)
     masks = {tuple((layer(torch.ones(1, 64))[0] != 0).tolist()) for _ in range(300)}
     assert len(masks) == 300
@@ -99,19 +108,23 @@ def test_hundreds_of_masks_are_all_different():
 def test_masks_by_their_definition(p: float):
     """Numbers u in 0 ... 65535, four to a draw of 64 bits; dropped where u < round(65536 p). A run that is resumed
     under a later version draws them again, so they may not change."""
-    x = torch.empty(211, 2003)  # 6 elements are expected to lie on the border
-    mask, scale = _mask(x, p, 7, 3.0)
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-    draws.random_(-(2**63), None, generator=torch.Generator().manual_seed(7))
-    u = draws.numpy().view("<i2").astype(int)[: x.numel()] + 32768
+    rows, size = 6349, 63  # 399,987 elements, 6 of which are expected to lie on the border; the last draw serves 3
+    layer = shows_its_mask(size, p)
+    torch.manual_seed(7)
+    y = layer(torch.ones(rows, size))
+    torch.manual_seed(7)  # the layer draws one number from torch's generator, the mask's seed
+    seed = int(torch.randint(2**63 - 1, ()))
+    draws = torch.empty(rows * size // 4 + 1, dtype=torch.int64)
+    draws.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
+    u = draws.numpy().view("<i2").astype(int)[: rows * size].reshape(rows, size) + 32768
     dropped = round(65536 * p)
     assert (u == dropped).any() and (u == dropped - 1).any()
-    assert mask.tolist() == (u >= dropped).reshape(211, 2003).tolist()
-    assert scale == pytest.approx(3 * 65536 / (65536 - dropped), rel=1e-15)
+    wanted = torch.tensor(u >= dropped) * (65536 / (65536 - dropped))
+    assert torch.equal(y, wanted.float())
 
 
 def test_a_rate_that_rounds_to_nothing_drops_nothing():
-    assert _mask(torch.ones(4), 2**-18, 0, 3.0) == (None, 3.0)
+    assert torch.equal(shows_its_mask(64, 2**-18)(torch.ones(6000, 64)), torch.ones(6000, 64))
 
 
 def test_which_layers_can_carry_an_adapter():

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from qlorag.models.decoder.sampling import Sampler, Sampling, penalize
+from qlorag.models import ModelError
+from qlorag.models.decoder.sampling import Sampler, Sampling, keep_min_p, keep_top_p, penalize
 
 LOGITS = torch.log(torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]))
 
@@ -59,6 +60,24 @@ def test_what_is_off_changes_no_bit() -> None:
     assert torch.equal(Sampler(Sampling(temperature=1.0)).distribution(logits), logits.softmax(-1))
     tied = torch.zeros(4)
     assert Sampler(Sampling(temperature=1.0, top_k=1)).distribution(tied).tolist() == [0.25] * 4  # ties stay
+
+
+def test_where_a_filter_is_met_exactly() -> None:
+    """Four equally likely tokens: two of them reach 0.5, and each is as likely as the likeliest."""
+    tied = torch.zeros(4)
+    assert int(keep_top_p(tied, 0.5).isfinite().sum()) == 2
+    assert keep_min_p(tied, 1.0).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ModelError) as error:
+        Sampler(Sampling())(torch.tensor([0.0, bad, -math.inf]), [])
+    assert str(error.value) == (
+        "the model's logits are NaN or infinite: its weights or its adapter are damaged (a training that diverged), or "
+        "they overflow the dtype: try float32 or bfloat16"
+    )
+    assert Sampler(Sampling())(torch.tensor([0.0, 1.0, -math.inf]), []) == 1  # a token may be impossible
 
 
 def test_the_penalty_by_hand() -> None:

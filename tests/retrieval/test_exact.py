@@ -114,7 +114,7 @@ def test_chosen_vectors_are_read_in_any_number():
     ids, rows = exact.read_chosen(db, np.concatenate([wanted, [5000]]), dim=2)
     assert sorted(ids.tolist()) == list(range(1, 1001)) and rows.tolist() == [[1.0, 0.0]] * 1000
     ids, rows = exact.read_chosen(db, np.array([7000]), dim=2)
-    assert ids.shape == (0,) and rows.shape == (0, 2)
+    assert (ids.shape, ids.dtype, rows.shape, rows.dtype) == ((0,), np.int64, (0, 2), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,9 @@ def test_the_index_follows_the_database():
 
     def both() -> list[list[int]]:
         for index in (whole, tail):
+            assert (index.ids.dtype, index.rows.dtype) == (np.int64, np.float32)
             index.refresh(db)
+            assert (index.ids.dtype, index.rows.dtype) == (np.int64, np.float32)
             assert index.rows.shape == (index.ids.size, 2)
         return [whole.ids.tolist(), tail.ids.tolist()]
 

@@ -79,6 +79,58 @@ def test_overlap_is_whole_sentences_within_its_budget():
     assert [c.text for c in split_text(text, size=5, overlap=2)] == ["A b c. D e.", "D e. F g h.", "I j."]
 
 
+def texts_of(text: str, **settings: object) -> list[str]:
+    return [chunk.text for chunk in split_text(text, **settings)]
+
+
+def test_the_overlap_is_as_many_whole_units_as_fit():
+    assert texts_of("A. B. C. D. E. F. G.", size=4, overlap=2) == ["A. B. C. D.", "C. D. E. F.", "E. F. G."]
+    assert texts_of("A. B. C c. D. E.", size=4, overlap=3) == ["A. B. C c.", "B. C c. D.", "C c. D. E."]
+    # The unit that comes next needs 3 of 4 tokens, which leaves 1 of the 2 for the overlap.
+    assert texts_of("A. B. C. D. E e e.", size=4, overlap=2) == ["A. B. C. D.", "D. E e e."]
+
+
+def test_the_overlap_ends_within_the_chunk_before():
+    """By sums four units fit, counted with the spaces between them two; so a chunk is shorter than overlap allows, and
+    the next one still begins after it."""
+    chunks = texts_of("A. B. C. D.", size=4, overlap=3, count_tokens=count_with_overhead)
+    assert chunks == ["A. B.", "B. C.", "C. D."]
+
+
+def test_the_usual_settings_are_1024_tokens_and_20_of_overlap():
+    chunks = texts_of("A. " * 1025)
+    assert [len(chunk.split()) for chunk in chunks] == [1024, 21]
+
+
+def test_a_unit_is_counted_if_it_is_short_enough_for_the_size():
+    """Up to 16 characters per token of the size, and up to 64 in any case; a longer one is cut into words unasked. The
+    overlap shows which: one word of it can be repeated if the unit was cut, and none of a whole unit."""
+    for size, length in ((2, 64), (5, 80)):
+        words = [*"abcdefgh"[: size - 1], "x" * (length - 2 * size + 1) + "."]
+        unit = " ".join(words)
+        assert len(unit) == length
+        assert texts_of(f"{unit} Then.", size=size, overlap=1) == [unit, "Then."]
+        longer = unit.replace("x.", "xx.")
+        assert texts_of(f"{longer} Then.", size=size, overlap=1) == [longer, f"{longer.split()[-1]} Then."]
+    sentence = "One two three."  # the length counts, wherever in the text it stands
+    assert texts_of(" ".join([sentence] * 30), size=4, overlap=0) == [sentence] * 30
+
+
+def test_every_unit_is_counted_once_in_calls_of_at_most_1024_texts():
+    calls: list[int] = []
+
+    def count(texts: list[str]) -> list[int]:
+        calls.append(len(texts))
+        return count_words(texts)
+
+    split_text("A. " * 3000, size=1000, overlap=0, count_tokens=count)
+    assert calls == [1024, 1024, 952, 1, 1, 1]  # the units, then each of three chunks as a whole
+
+
+def test_a_text_may_have_no_tokens():
+    assert texts_of("A. B. C.", size=1, overlap=0, count_tokens=lambda texts: [0] * len(texts)) == ["A. B. C."]
+
+
 @pytest.mark.parametrize(
     ("text", "size", "wanted"),
     [
@@ -131,7 +183,12 @@ def test_impossible_settings(size, overlap):
         split_text("text", size=size, overlap=overlap)
 
 
-@pytest.mark.parametrize("counts", [[], [1, 2], [-1]])
-def test_a_counter_that_answers_nonsense(counts):
-    with pytest.raises(StoreError, match="one number >= 0 per text"):
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [([], "0 counts for 1 texts, smallest 0"), ([1, 2], "2 counts for 1 texts, smallest 1"),
+     ([-1], "1 counts for 1 texts, smallest -1")],
+)  # fmt: skip
+def test_a_counter_that_answers_nonsense(counts, said):
+    with pytest.raises(StoreError) as error:
         split_text("One text.", size=5, overlap=0, count_tokens=lambda _: counts)
+    assert str(error.value) == f"count_tokens returned {said}: it has to return one number >= 0 per text"

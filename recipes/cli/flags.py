@@ -97,4 +97,4 @@ def add_store_flags(p: argparse.ArgumentParser) -> None:
 def add_search_flags(p: argparse.ArgumentParser) -> None:
     """How many passages are found."""
     p.add_argument("--k", type=int, default=3, help="most passages")
-    p.add_argument("--score-threshold", type=float, default=0.2, help="smallest cosine that counts as found")
+    p.add_argument("--score-threshold", type=float, default=0.4, help="smallest cosine that counts as found")

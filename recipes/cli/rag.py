@@ -167,7 +167,9 @@ def show_citations(answer: Answer, display: Display) -> None:
     how = {
         "model": "cited by the model",
         "overlap": "found by comparing words, none cited rightly by the model",
-        "none": "the answer's words are in none of them",
+        "none": "none holds the names, numbers and words of a sentence of the answer"
+        if answer.shares_words
+        else "the answer's words are in none of them",
     }[answer.cited_by]
     display.say()
     display.say(f"Sources ({how}):")

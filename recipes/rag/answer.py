@@ -42,7 +42,7 @@ class Answering:
     def answer(self) -> Answer:
         """The text so far, with the sources that it rests on."""
         if self._run is None:
-            return Answer(self.question, NOT_FOUND)
+            return Answer(self.question, NOT_FOUND, marked=NOT_FOUND)
         return cite(self.question, self._run.text, self.sources)
 
 
@@ -53,7 +53,7 @@ def answer(
     question: str,
     *,
     k: int = 3,
-    score_threshold: float | None = 0.2,
+    score_threshold: float | None = 0.4,
     system: str | None = None,
     max_tokens: int = 256,
     **sampling: Any,

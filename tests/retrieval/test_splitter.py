@@ -124,7 +124,7 @@ def test_a_chunk_keeps_one_new_unit_and_gives_up_its_overlap_for_it():
 
 
 def test_each_chunk_begins_after_the_one_before():
-    """Even where the overlap would hold all of it: 22 sentences were left of the first chunk, and 23 would have fitted."""
+    """Even where the overlap would hold all of it: of the first, 22 sentences are left, and 23 would have fitted."""
     chunks = split_text("A. " * 60, size=46, overlap=45, count_tokens=count_with_overhead)
     assert [(chunk.start, len(chunk.text.split())) for chunk in chunks[:2]] == [(0, 22), (3, 22)]
 

@@ -97,6 +97,38 @@ def test_the_overlap_ends_within_the_chunk_before():
     assert chunks == ["A. B.", "B. C.", "C. D."]
 
 
+def test_a_chunk_that_is_too_long_loses_an_eighth_of_its_units_at_a_time():
+    """n sentences of one word have 2 n - 1 tokens with the spaces between them, so 20 of 40 fit and 5 of 10."""
+    checked: list[int] = []
+
+    def count(texts: list[str]) -> list[int]:
+        if len(texts) == 1:
+            checked.append(len(texts[0].split()))
+        return count_with_overhead(texts)
+
+    chunks = texts_of("A. " * 80, size=40, overlap=0, count_tokens=count)
+    assert [len(chunk.split()) for chunk in chunks] == [20, 20, 20, 20]
+    assert checked == [*[40, 35, 31, 28, 25, 22, 20] * 3, 20]
+    assert [len(c.split()) for c in texts_of("A. " * 10, size=10, overlap=0, count_tokens=count)] == [5, 5]
+
+
+def test_a_chunk_keeps_one_new_unit_and_gives_up_its_overlap_for_it():
+    """Z beside anything else is too long. The chunk of 15 A, Z and three Y loses two units at a time, but not Z, then
+    the overlap one unit after another."""
+
+    def count(texts: list[str]) -> list[int]:
+        return [100 if "Z" in text and " " in text else len(text.split()) for text in texts]
+
+    a, z, y = "A. " * 19, "Z. ", "Y. " * 5
+    assert texts_of(a + z + y, size=19, overlap=15, count_tokens=count) == [a.strip(), z.strip(), y.strip()]
+
+
+def test_each_chunk_begins_after_the_one_before():
+    """Even where the overlap would hold all of it: of the first, 22 sentences are left, and 23 would have fitted."""
+    chunks = split_text("A. " * 60, size=46, overlap=45, count_tokens=count_with_overhead)
+    assert [(chunk.start, len(chunk.text.split())) for chunk in chunks[:2]] == [(0, 22), (3, 22)]
+
+
 def test_the_usual_settings_are_1024_tokens_and_20_of_overlap():
     chunks = texts_of("A. " * 1025)
     assert [len(chunk.split()) for chunk in chunks] == [1024, 21]

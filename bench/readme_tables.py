@@ -23,11 +23,11 @@ from nf4 import targets  # noqa: E402
 READING = (
     ("kernels/nf4/codebook.py", "where the 16 numbers of NF4 come from"),
     ("kernels/nf4/reference.py", "what a 4-bit weight is: quantize and decode, in plain torch"),
-    ("quant/tensor.py", "a tensor of them, double-quantized: 4.127 bits a weight"),
+    ("kernels/nf4/tensor.py", "a packed weight as one value, double-quantized: 4.127 bits a weight"),
     ("quant/linear.py", "a layer that decodes twice and stores nothing"),
     ("kernels/nf4/cpu/dequantize.c", "the same bits at the speed of memory"),
     ("kernels/nf4/gpu/triton_matmul.py", "a product with a packed weight, for a GPU"),
-    ("lora/layer.py", "what is trained: y = x Wᵀ + s (x Aᵀ) Bᵀ, forward and backward"),
+    ("kernels/lora/ops.py", "what is trained: y = base + s (x Aᵀ) Bᵀ, forward and backward"),
     ("lora/files.py", "an adapter on disk, as PEFT reads it"),
     ("models/files/weights.py", "the safetensors format, byte by byte"),
     ("models/decoder/decoder.py", "the transformer, which holds these layers"),

@@ -146,7 +146,7 @@ def test_a_folder_can_be_lifted_out_with_what_its_readme_names(folder: str, tmp_
         shutil.copytree(ROOT / name, tmp_path / "theirs" / name, ignore=shutil.ignore_patterns("__pycache__"))
         assert (
             name == folder
-            or f"`{Path(name).name}/`" in (ROOT / folder / "README.md").read_text()
+            or any(f"`{n}/`" in (ROOT / folder / "README.md").read_text() for n in (name, Path(name).name))
             or (f"../{Path(name).name}" in (ROOT / folder / "README.md").read_text())
         )
     module = f"theirs.{folder.replace('/', '.')}"

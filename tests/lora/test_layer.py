@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from qlorag.kernels.lora import add_lora
+from qlorag.kernels.lora import add_lora, ops
 from qlorag.kernels.lora.dropout import draw_mask
 from qlorag.lora import AdapterError, LoRALinear
 from qlorag.lora.layer import SHORT_INPUT
@@ -226,6 +226,37 @@ def test_the_dtype_of_the_products_under_autocast(rows, compute):
     expected = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x.float()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_triton_adds_the_update(dtype, p, monkeypatch):
+    """The fused sum, where it runs by itself, against torch's: the same products, and one rounding of y."""
+    layer = LoRALinear(nn.Linear(96, 160, bias=False).to("cuda", dtype), r=8, alpha=16.0, dropout=p)
+    layer.lora_B.data.normal_()
+    x = torch.randn(40, 96, device="cuda").to(dtype)
+    launched, results = [], []
+    launch = triton_kernels().add_product
+    monkeypatch.setattr(triton_kernels(), "add_product", lambda *args: launched.append(1) or launch(*args))
+    for compiling in (False, True):  # where torch records, it computes
+        monkeypatch.setattr(ops, "is_traced", lambda compiling=compiling: compiling)
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = layer(leaf)
+        y.sum().backward()
+        results.append([y, leaf.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()])
+    assert launched == [1]
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def triton_kernels():
+    from qlorag.kernels.lora import triton_kernels
+
+    return triton_kernels
 
 
 def test_gradients_accumulate_in_float32():

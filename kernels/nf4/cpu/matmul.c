@@ -19,7 +19,7 @@
 
    For that, x is permuted once per call, a fraction of the work of one row of W per row of x.
 
-   Conditions, checked in products.py: K is a multiple of 64, so that each row starts a unit, and block_size is at least 64, so
+   Conditions, checked in eager.py: K is a multiple of 64, so that each row starts a unit, and block_size is at least 64, so
    that a unit has one scale. Blocks may end anywhere else, also in the middle of a row.
 
    Sums are float32. Every y[m][n] is summed in an order that depends on K alone: not on threads, nor on the other rows of

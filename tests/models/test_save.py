@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from qlorag.models import WeightsError, load_model, load_tokenizer, save_model
+from qlorag.models.files.folders import new_file
 
 
 @torch.no_grad()
@@ -44,3 +45,16 @@ def test_a_failure_on_the_way_leaves_nothing(tiny_dir: Path, tmp_path: Path, mon
     with pytest.raises(OSError, match="No space"):
         save_model(load_model(tiny_dir), tmp_path / "out", source=tiny_dir)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), new_file(path) as building:
+        building.write_text("ne")
+        assert path.read_text() == "old"
+        raise OSError("disk full")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
+    with new_file(path) as building:
+        building.write_text("new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["numbers.json"]

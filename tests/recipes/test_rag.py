@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+from qlorag.models import generate
 from qlorag.recipes.errors import UsageError
-from qlorag.recipes.rag import cite, fitting, prompt_messages
+from qlorag.recipes.hub.assemble import assemble
+from qlorag.recipes.rag import NOT_FOUND, answer, answer_from, cite, fitting, prompt_messages
 from qlorag.recipes.rag.prompt import EXAMPLES, SYSTEM
-from qlorag.retrieval import Hit
+from qlorag.retrieval import Document, Hit, Store
 
 BEES = "A hive has one queen. Worker bees gather nectar and make honey from it."
 TIDES = "The moon pulls the sea, so the water rises and falls twice a day."
@@ -66,6 +74,36 @@ def test_an_echoed_example_is_not_a_citation(example: tuple[str, str, str]) -> N
     answer = cite("?", example[2], HITS)
     assert answer.text.endswith("[1]") and answer.citations == [] and answer.cited_by == "none"
     assert cite("?", example[2], [hit(example[0])]).citations == [1]  # where it is true it counts
+
+
+def test_nothing_found_asks_no_model() -> None:
+    class NoModel:
+        config = SimpleNamespace(max_positions=512)  # anything else that is asked of it raises
+
+    run = answer_from([], NoModel(), None, "What?")  # type: ignore[arg-type]
+    assert list(run) == [NOT_FOUND]
+    assert (run.answer.text, run.answer.citations, run.answer.cited_by, run.sources) == (NOT_FOUND, [], "none", [])
+
+
+def test_an_answer_from_a_store(tiny_dir: Path, tmp_path: Path) -> None:
+    """A question, the passages of a store, a random model: what is asked of it, and what is known afterwards."""
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.array([[1.0, text.count("bee")] for text in texts], np.float32)
+
+    config = json.loads((tiny_dir / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    model_dir = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (model_dir / "config.json").write_text(json.dumps(config))
+    loaded = assemble(str(model_dir), dtype="float32")
+    with Store.open(tmp_path / "store", embedder=embed, embedder_id="bees") as store:
+        store.add([Document("bees", BEES), Document("tides", TIDES)])
+        run = answer(store, loaded.model, loaded.tok, "bee bee", k=2, max_tokens=5)
+        assert [h.uri for h in run.found] == ["bees", "tides"] and run.sources == run.found
+        wanted = generate(loaded.model, loaded.tok, prompt_messages("bee bee", run.sources), max_tokens=5)
+        assert "".join(run) == "".join(wanted)
+        assert run.answer == cite("bee bee", wanted.text, run.sources)
+        nothing = answer(store, loaded.model, loaded.tok, "bee", score_threshold=1.0)
+        assert "".join(nothing) == NOT_FOUND
 
 
 def test_a_system_message_replaces_the_instruction() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from qlorag.models import Decoder, load_model
 from qlorag.recipes.cli.main import main
 from qlorag.recipes.data.examples import Example
 from qlorag.recipes.errors import TrainingError
+from qlorag.recipes.hub.assemble import assemble
+from qlorag.recipes.training.adapter import prepare, run_record
 from qlorag.recipes.training.metrics import MetricsLog, plot_losses, read_metrics
 from qlorag.recipes.training.objectives import SFT
-from qlorag.recipes.training.objectives.packing import pack
+from qlorag.recipes.training.objectives.packing import Batch, pack
+from qlorag.recipes.training.observer import RunObserver, RunResult, RunStart
 from qlorag.recipes.training.optimizers import AdamW, clip_gradients
+from qlorag.recipes.training.run import TrainingRun
 from qlorag.recipes.training.settings import TrainSettings
-from qlorag.recipes.training.trainer import Trainer, learning_rate, mean_loss, perplexity
+from qlorag.recipes.training.trainer import StepReport, Trainer, learning_rate, mean_loss, perplexity
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.isa
@@ -252,6 +257,58 @@ def test_nothing_to_train(tiny_dir: Path) -> None:
         Trainer(adapted(tiny_dir), [], TrainSettings())
     with pytest.raises(TrainingError, match="no token of the given examples"):
         mean_loss(adapted(tiny_dir), [Example([1, 2], [True, False], 1)])
+
+
+@dataclass(frozen=True)
+class HalfOfSFT(SFT):
+    """Another objective: half of each loss, and a term of its own for every example."""
+
+    share: float = 0.5
+
+    def summed_loss(self, model: Decoder, batch: Batch) -> torch.Tensor:
+        return self.share * super().summed_loss(model, batch)
+
+    def settings(self) -> dict[str, Any]:
+        return {"share": self.share}
+
+
+def test_a_run_minimises_the_objective_it_is_given_and_reports_to_its_observer(tiny_dir: Path, tmp_path: Path) -> None:
+    """Without the command line: a loaded model, an objective, an observer."""
+    seen: list[Any] = []
+
+    class Seen(RunObserver):
+        def started(self, start: RunStart) -> None:
+            seen.append((start.step, start.iters, start.layers, start.examples, start.summary))
+
+        def reported(self, report: StepReport) -> None:
+            seen.append(report.step)
+
+        def validated(self, step: int, loss: float) -> None:
+            seen.append(("valid", step, loss))
+
+        def ended(self, result: RunResult) -> None:
+            seen.append(result)
+
+    losses = {}
+    for objective in (SFT(), HalfOfSFT()):
+        seen.clear()
+        base, lora = assemble(str(tiny_dir), dtype="float32"), LoRAConfig(r=2, num_layers=1)
+        settings = TrainSettings(iters=3, batch_size=2)
+        record = run_record(base, EXAMPLES, lora=lora, settings=settings, objective=objective)
+        assert record.get("share") == (0.5 if isinstance(objective, HalfOfSFT) else None)
+        prepared = prepare(base, lora, record, name="tiny")
+        out = tmp_path / type(objective).__name__
+        run = TrainingRun(prepared, EXAMPLES, EXAMPLES[:2], objective=objective, settings=settings, out=out)
+        result = run.run(Seen(), report_every=2, evaluate_every=3, save_every=0, keep=1)
+        labels = sum(e.labels for e in EXAMPLES)
+        tokens = sum(len(e.ids) for e in EXAMPLES)
+        assert seen[0] == (0, 3, 7, 5, f"{tokens} tokens of which {labels} labelled")
+        assert [s for s in seen if isinstance(s, int)] == [2, 3]
+        assert [s[:2] for s in seen if isinstance(s, tuple) and s[0] == "valid"] == [("valid", 0), ("valid", 3)]
+        assert seen[-1] is result and result.stopped_by is None and result.checkpoint.name == "step-0000003"
+        assert (out / "adapter_model.safetensors").exists()
+        losses[type(objective)] = result.first_valid_loss
+    assert losses[HalfOfSFT] == pytest.approx(losses[SFT] / 2)
 
 
 def test_metrics_survive_a_cut_line_and_are_drawn(tmp_path: Path) -> None:

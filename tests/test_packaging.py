@@ -16,6 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
 # The table of README's "Rooms": what each may import of the others, and the third-party libraries it may name.
@@ -140,7 +142,9 @@ RECIPES = {  # the sections "To lift it": what is copied
 }
 
 
-@pytest.mark.parametrize("folder", RECIPES)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(f, marks=pytest.mark.compiler) if f in ("quant", "kernels/nf4") else f for f in RECIPES]
+)
 def test_a_folder_can_be_lifted_out_with_what_its_readme_names(folder: str, tmp_path: Path) -> None:
     for name in (folder, *RECIPES[folder]):
         shutil.copytree(ROOT / name, tmp_path / "theirs" / name, ignore=shutil.ignore_patterns("__pycache__"))

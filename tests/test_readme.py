@@ -96,7 +96,14 @@ def run_python(code: str, folder: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("path", [p for p in READMES if blocks(p, "python")], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.compiler] if path == Path("kernels/README.md") else [], id=str(path))
+        for path in READMES
+        if blocks(path, "python")
+    ],
+)
 def test_python_blocks(path: Path, smollm2_dir: Path, minilm_dir: Path, tmp_path: Path) -> None:
     """One process for each file, its blocks in order; what is stated is all that was printed there."""
     code = "\n".join(blocks(path, "python"))

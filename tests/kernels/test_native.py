@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from qlorag.kernels.native import NativeBuildError, build, load
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 #include <stdint.h>
 int answer(void) { return 42; }

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from qlorag.retrieval import Store
 
+pytestmark = pytest.mark.slow
+
 CHILD = """
 import sys, zlib
 import numpy as np
@@ -71,7 +73,8 @@ def run_and_kill(path, mode: str, seconds: float) -> list[str]:
     assert first == "open\n", child.stderr.read()
     time.sleep(seconds)
     child.send_signal(signal.SIGKILL)
-    out, _ = child.communicate(timeout=60)
+    out = child.stdout.read()  # communicate() would lose the lines that readline() has read ahead
+    child.wait(timeout=60)
     # The last line may be cut: it was not acknowledged.
     return [line for line in out.split("\n")[:-1] if line]
 

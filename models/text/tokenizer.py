@@ -175,6 +175,12 @@ class Tokenizer:
         fixed._templates = self._templates.at(now)
         return fixed
 
+    def stopping_at(self, ids: Iterable[int]) -> Tokenizer:
+        """The same tokenizer with more end tokens: those that training taught to end a turn."""
+        more = copy.copy(self)
+        more.eos_ids = self.eos_ids | frozenset(ids)
+        return more
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the folder has a chat template."""

@@ -21,8 +21,8 @@ import yaml
 from ..errors import UsageError
 
 
-def apply_config(verb: argparse.ArgumentParser, path: str) -> None:
-    """Makes the values in `path` the defaults of `verb`.
+def apply_config(verb: argparse.ArgumentParser, path: str) -> frozenset[str]:
+    """Makes the values in `path` the defaults of `verb`. Returns the names of those that it sets.
 
     Raises UsageError: the file cannot be read, or a name or value in it is not one of the verb's.
     """
@@ -40,6 +40,7 @@ def apply_config(verb: argparse.ArgumentParser, path: str) -> None:
             continue
         verb.set_defaults(**{action.dest: _convert(action, value, where)})
         action.required = False
+    return frozenset(given)
 
 
 def _names(verb: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -45,13 +45,13 @@ def fine_tune(rows: Path, out: Path, display: Display) -> dict[str, Any]:
     kept_before, _ = _ask(loaded, KEPT, display)
 
     display.heading("3. QLoRA on twelve rows")
-    train, valid = (
-        tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], loaded.tok, max_tokens=512)[0] for n in ("train", "valid")
+    (train, report), (valid, _) = (
+        tokenize_rows(read_rows(rows / f"{n}.jsonl")[0], loaded.tok, max_tokens=512) for n in ("train", "valid")
     )
     reuse_freed_memory()
     objective = SFT()
     record = run_record(loaded, train, lora=LORA, settings=SETTINGS, objective=objective)
-    prepared = prepare(loaded, LORA, record, name=MODEL, seed=SETTINGS.seed)
+    prepared = prepare(loaded, LORA, record, name=MODEL, seed=SETTINGS.seed, end_ids=report.ends)
     run = TrainingRun(prepared, train, valid, objective=objective, settings=SETTINGS, out=out / "adapter")
     result = run.run(TrainingProgress(display), report_every=10, evaluate_every=20, save_every=0, keep=1)
     if result.stopped_by:

@@ -36,20 +36,24 @@ def add_common_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--debug", action="store_true", help="show a traceback with an error")
 
 
-def add_model_flags(p: argparse.ArgumentParser, *, model: str | None = None, dtype: str = "auto") -> None:
-    """Which model, and in which form it is held. model: the default; None makes the flag required."""
-    p.add_argument(
-        "--model", default=model, required=model is None, help="a model folder, or a name that `qlorag pull` knows"
-    )
+def add_model_flags(
+    p: argparse.ArgumentParser, *, model: str | None = None, required: bool = True, dtype: str = "auto"
+) -> None:
+    """Which model, and in which form it is held. model: the default; without one the flag is required, or the verb
+    finds the model in another way and says so.
+    """
+    about = "a model folder, or a name that `qlorag pull` knows"
+    p.add_argument("--model", default=model, required=required and model is None, help=about)
     p.add_argument("--quantize", choices=["nf4", "fp4", "none"], help="hold the projections in 4 bits")
     p.add_argument("--dtype", default=dtype, help="of arithmetic and dense weights: auto, bfloat16, float16, float32")
 
 
-def add_data_flags(p: argparse.ArgumentParser, *, data: str) -> None:
+def add_data_flags(p: argparse.ArgumentParser, *, data: str, required: bool = True) -> None:
     """Which rows, and what becomes of those that are too long or invalid. data: what --data means, for its help."""
-    p.add_argument("--data", required=True, help=data)
+    p.add_argument("--data", required=required, help=data)
     p.add_argument("--max-seq-length", type=int, default=2048, help="tokens of an example; longer ones are cut")
     p.add_argument("--skip-invalid", action="store_true", help="leave out rows that cannot be read, and count them")
+    p.add_argument("--ignore-keys", nargs="+", default=[], metavar="KEY", help="keys of rows to leave out, not refuse")
 
 
 def add_generation_flags(p: argparse.ArgumentParser) -> None:

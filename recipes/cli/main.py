@@ -82,8 +82,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if path is not None and arguments[0] in verbs:
         from .config_file import apply_config
 
-        apply_config(verbs[arguments[0]], path)
-    return parser.parse_args(arguments)
+        given = apply_config(verbs[arguments[0]], path)
+    args = parser.parse_args(arguments)
+    args.given = _given(arguments) | (given if path is not None and arguments[0] in verbs else frozenset())
+    return args
+
+
+def _given(arguments: list[str]) -> frozenset[str]:
+    """The names of the flags that stand on the command line, whatever their values."""
+    parser, verbs = build_parser()
+    for verb in verbs.values():
+        for action in verb._actions:  # argparse has no public list of them
+            action.default, action.required = argparse.SUPPRESS, False
+    return frozenset(vars(parser.parse_args(arguments)))
 
 
 def _run(args: argparse.Namespace) -> int:

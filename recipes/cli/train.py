@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16.0, "dropout": 0.0}
 
 
+ADAPTER_FLAGS = ("rank", "alpha", "dropout", "num_layers", "targets", "rslora")
+
+
 def register(verbs: Any) -> None:
     """Adds the verbs' flags."""
     p = add_verb(verbs, "train", run_train, help="fine-tune a model with LoRA or QLoRA")
-    add_model_flags(p)
-    add_data_flags(p, data="folder with train.jsonl and, if wanted, valid.jsonl")
+    add_model_flags(p, required=False)
+    add_data_flags(p, data="folder with train.jsonl and, if wanted, valid.jsonl; or one file", required=False)
     p.add_argument("--adapter-path", default="adapters", help="where adapter, checkpoints and metrics go")
     p.add_argument("--train", action="store_true", help=argparse.SUPPRESS)  # mlx-lm's users write: lora --train
     _add_lora_flags(p)
@@ -34,7 +39,9 @@ def register(verbs: Any) -> None:
     p.add_argument("--steps-per-eval", type=int, default=50, help="steps between validations, 0 for none")
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints, 0 for none")
     p.add_argument("--keep", type=int, default=2, help="newest checkpoints kept")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --adapter-path")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from the newest checkpoint in --adapter-path, with the flags of its run")  # fmt: skip
+    p.add_argument("--resume-adapter-file", metavar="ADAPTER", help="begin with the weights of a finished adapter")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --adapter-path")
     p.add_argument("--show-mask", action="store_true", help="print the first row with its labelled tokens marked, stop")
 
@@ -72,34 +79,68 @@ def _add_step_flags(p: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace, display: Display) -> int:
     """`qlorag train`."""
-    from ..data.rows import find_split, split_path
+    from ..training.lock import only_run
+    from ..training.run_flags import resumed_flags
+
+    for name, least in (("keep", 1), ("save_every", 0), ("steps_per_eval", 0), ("steps_per_report", 0)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted at least {least}")
+    out = Path(args.adapter_path)
+    now = None
+    if args.resume:
+        flags, now = resumed_flags(out, vars(args), given=args.given)
+        args = argparse.Namespace(**flags)
+    own = [name for name in ADAPTER_FLAGS if name in args.given]
+    if args.resume_adapter_file is not None and own:
+        flags = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise UsageError(f"{flags} with --resume-adapter-file: the adapter has its own: leave it out")
+    missing = [flag for flag in ("model", "data") if getattr(args, flag) is None]
+    if missing:
+        raise UsageError(f"--{' and --'.join(missing)} missing: name the model and the rows to train on")
+    with contextlib.nullcontext() if args.show_mask else only_run(out):
+        return _train(args, display, out, now or datetime.now())
+
+
+def _train(args: argparse.Namespace, display: Display, out: Path, now: datetime) -> int:
+    from ..data.rows import find_split
     from ..data.show_mask import show_mask
     from ..hub.assemble import assemble
     from ..training.adapter import prepare, run_record
     from ..training.memory import reuse_freed_memory
     from ..training.objectives import SFT
     from ..training.run import TrainingRun
+    from ..training.run_flags import save_flags
     from .training_progress import TrainingProgress
 
-    for name, least in (("keep", 1), ("save_every", 0), ("steps_per_eval", 0), ("steps_per_report", 0)):
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted at least {least}")
-    settings, lora, out = _settings(args), _lora(args), Path(args.adapter_path)
-    train_path, valid_path = find_split(args.data, "train"), split_path(args.data, "valid")
+    settings, lora = _settings(args), _lora(args)
+    train_path, valid_path = find_split(args.data, "train"), find_split(args.data, "valid")
+    assert train_path is not None
     newest = None if args.show_mask else _starting_point(out, resume=args.resume, overwrite=args.overwrite)
     base = assemble(args.model, quantize=args.quantize, dtype=args.dtype)
-    examples = read_examples(train_path, args, base.tok, display)[1]
-    valid = read_examples(valid_path, args, base.tok, display)[1] if valid_path.exists() else []
+    tok = base.tok.at(now) if base.tok.prints_the_date else base.tok
+    _, examples, ends = read_examples(train_path, args, tok, display)
+    valid = []
+    if valid_path is not None:
+        if valid_path.name != "valid.jsonl":
+            display.say(f"validating on {valid_path.name}")
+        valid = read_examples(valid_path, args, tok, display)[1]
     reuse_freed_memory()  # not before: what loading frees may well be given back
     if args.show_mask:
-        shown = show_mask(examples[0], base.tok)
+        shown = show_mask(examples[0], tok)
         display.console.print(shown)
         display.result({"text": shown.plain, "ids": examples[0].ids, "mask": examples[0].mask})
         return 0
+    if taught := ends - tok.eos_ids:
+        names = tok.decode(taught, skip_special=False)
+        display.say(f"the rows end turns with {names}, which the model's files do not stop at: kept with the adapter")
     objective = SFT()
     record = run_record(base, examples, lora=lora, settings=settings, objective=objective)
-    prepared = prepare(base, lora, record, name=args.model, seed=settings.seed, resume_from=newest)
+    start_from = None if args.resume_adapter_file is None or newest else Path(args.resume_adapter_file)
+    prepared = prepare(
+        base, lora, record, name=args.model, seed=settings.seed, end_ids=ends, resume_from=newest, start_from=start_from
+    )
     run = TrainingRun(prepared, examples, valid, objective=objective, settings=settings, out=out)
+    save_flags(out, vars(args), now)
     result = run.run(
         TrainingProgress(display),
         report_every=args.steps_per_report,
@@ -164,32 +205,31 @@ def _starting_point(out: Path, *, resume: bool, overwrite: bool) -> Path | None:
 
 def read_examples(
     path: Path, args: argparse.Namespace, tok: Tokenizer, display: Display
-) -> tuple[list[Row], list[Example]]:
-    """A file's rows, and those that can be trained on as examples; says what was left out."""
+) -> tuple[list[Row], list[Example], frozenset[int]]:
+    """A file's rows, the examples made of them, and the tokens that end what they teach; says what was left out."""
     from ..data import read_rows, tokenize_rows
 
-    rows, skipped = read_rows(path, skip_invalid=args.skip_invalid)
+    rows, skipped = read_rows(path, skip_invalid=args.skip_invalid, ignore_keys=args.ignore_keys)
     if skipped:
         display.say(f"{path}: kept {len(rows)} rows, skipped {len(skipped)} that could not be read", style="yellow")
     examples, report = tokenize_rows(rows, tok, max_tokens=args.max_seq_length, skip_invalid=args.skip_invalid)
-    if report.dropped or report.truncated or report.joined_plain:
+    if report.dropped or report.truncated or report.joined_plain or report.split or report.appended:
         display.say(f"{path}: {report.summary()}", style="yellow")
-    return rows, examples
+    return rows, examples, report.ends
 
 
 def run_evaluate(args: argparse.Namespace, display: Display) -> int:
     """`qlorag evaluate`."""
-    from ..data.rows import split_path
+    from ..data.rows import find_split
     from ..evaluation.exact_match import exact_match
     from ..hub.assemble import assemble
     from ..training.trainer import mean_loss, perplexity
 
-    path = Path(args.data)
-    path = split_path(path, "test") if path.is_dir() else path
-    if not path.exists():
-        raise UsageError(f"{path}: not found: --data is a folder with test.jsonl, or a .jsonl file")
+    path = find_split(args.data, "test")
+    if path is None:
+        raise UsageError(f"{args.data}: no test.jsonl in it: --data is a folder with one, or a .jsonl file")
     base = assemble(args.model, adapter_path=args.adapter_path, quantize=args.quantize, dtype=args.dtype)
-    rows, examples = read_examples(path, args, base.tok, display)
+    rows, examples, _ = read_examples(path, args, base.tok, display)
     loss = mean_loss(base.model, examples)
     result: dict[str, Any] = {"loss": loss, "perplexity": perplexity(loss), "examples": len(examples)}
     shown = [("examples", f"{len(examples)}"), ("loss", f"{loss:.4f}"), ("perplexity", f"{perplexity(loss):.3f}")]

@@ -81,6 +81,7 @@ class TokenizeReport:
     truncated:  places ("file:line") of the rows that were cut at max_tokens.
     too_long:   of those dropped because they are longer.
     unlabelled: of those dropped because no token in them is labelled.
+    unanswered: of those dropped because they hold no answer at all: no turn of the assistant, or all of weight 0.
     invalid:    of those left out under skip_invalid.
     split:      how many rows became several examples, one per assistant turn.
     joined_plain: prompt and completion were joined without a chat template.
@@ -95,6 +96,7 @@ class TokenizeReport:
     truncated: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
+    unanswered: list[str] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
     split: int = 0
     joined_plain: bool = False
@@ -113,6 +115,7 @@ class TokenizeReport:
             (self.truncated, "cut at the token limit"),
             (self.too_long, "dropped: longer than the token limit"),
             (self.unlabelled, "dropped: nothing to learn within the token limit"),
+            (self.unanswered, "dropped: no turn of the assistant to learn"),
             (self.invalid, "left out as invalid"),
         ):
             if places:
@@ -170,7 +173,8 @@ def tokenize_rows(
                 report.appended |= labelled.appended
     if not examples:
         where = rows[0].file if rows else "data"
-        raise DataError(f"{where}: no row can be trained on ({report.summary()}): mend them or raise max_tokens")
+        advice = "raise --max-seq-length" if report.unlabelled or report.too_long else "mend the rows"
+        raise DataError(f"{where}: no row can be trained on ({report.summary()}): {advice}")
     return examples, report
 
 
@@ -185,7 +189,7 @@ def _cut(
         return None
     ids, mask = labelled.ids[:max_tokens], labelled.mask[:max_tokens]
     if not any(mask[1:]):
-        report.unlabelled.append(place)
+        (report.unlabelled if any(labelled.mask) else report.unanswered).append(place)
         return None
     if cut:
         report.truncated.append(place)

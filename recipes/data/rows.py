@@ -58,19 +58,37 @@ class Row:
     variables: dict[str, Any] = field(default_factory=dict)
 
 
-def split_path(folder: str | Path, split: str) -> Path:
-    """Where a data folder keeps "train", "valid" or "test"."""
-    return Path(folder) / f"{split}.jsonl"
+# What other programs call the same split.
+SPLITS = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test",),
+}
 
 
-def find_split(folder: str | Path, split: str) -> Path:
-    """The same file, which must be there. Raises DataError: it is missing."""
-    path = split_path(folder, split)
-    if not path.is_file():
-        there = ", ".join(sorted(entry.name for entry in path.parent.glob("*.jsonl")))
-        found = f"the folder has {there or 'no .jsonl'}" if path.parent.is_dir() else "nor is its folder"
-        raise DataError(f"{path}: not found, {found}: write it with one row a line, {SHAPES}")
-    return path
+def find_split(data: str | Path, split: str) -> Path | None:
+    """Where a data folder keeps "train", "valid" or "test"; None if it has no such file.
+
+    data: the folder; or a single file, which is what is trained on or tested.
+    Raises DataError: `data` does not exist, the folder has two files for one split, or has no train.jsonl.
+    """
+    path = Path(data)
+    if path.is_file():
+        return None if split == "valid" else path
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder: give a .jsonl file, or a folder with train.jsonl")
+    found = [file for name in SPLITS[split] if (file := path / f"{name}.jsonl").is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise DataError(f"{path}: holds {names}, which are one split under two names: keep one")
+    if not found and split == "train":
+        there = sorted(entry.name for entry in path.glob("*.jsonl"))
+        example = f"--data {path / there[0]}" if there else "--data FILE.jsonl"
+        raise DataError(
+            f"{path}: no train.jsonl in it, only {', '.join(there) or 'no .jsonl at all'}: rename the file with the "
+            f"rows, or name it: {example}"
+        )
+    return found[0] if found else None
 
 
 def read_rows(

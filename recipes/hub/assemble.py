@@ -11,6 +11,7 @@ from ...lora import adapter_info, load_adapter
 from ...models import Decoder, Tokenizer, load_model, load_tokenizer
 from ...quant import QuantizedLinear
 from ..errors import UsageError
+from .end_tokens import read_end_ids
 from .pull import resolve_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -49,6 +50,7 @@ def assemble(
     tok.check_vocab(model.config.vocab_size)
     if adapter_path:
         load_adapter(model, adapter_path, base_fingerprint=model.fingerprint)
+        tok = tok.stopping_at(read_end_ids(Path(adapter_path)))
     model.eval()
     return LoadedModel(model, tok, folder, "+".join(held) or None)
 

@@ -15,6 +15,7 @@ from ...lora import MergeReport, merge, to_dense
 from ...models import save_model
 from ...quant import QuantizedLinear
 from .assemble import LoadedModel
+from .end_tokens import write_end_ids
 
 
 def fuse(loaded: LoadedModel, save_path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> MergeReport:
@@ -28,5 +29,6 @@ def fuse(loaded: LoadedModel, save_path: str | Path, *, dtype: torch.dtype = tor
     for path, layer in list(loaded.model.named_modules()):  # 4-bit layers that carried no adapter
         if isinstance(layer, QuantizedLinear):
             loaded.model.set_submodule(path, to_dense(layer, dtype))
-    save_model(loaded.model, save_path, source=loaded.folder, dtype=dtype)
+    folder = save_model(loaded.model, save_path, source=loaded.folder, dtype=dtype)
+    write_end_ids(folder, loaded.tok.eos_ids)  # what ends a turn was learned with the adapter
     return report

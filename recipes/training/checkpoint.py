@@ -65,7 +65,10 @@ def checkpoints(adapter_path: Path) -> list[Path]:
 
 
 def read_state(folder: Path, *, settings: dict[str, Any]) -> int:
-    """The step of a checkpoint. Raises TrainingError: it is damaged, or was made with other settings (shown)."""
+    """The step of a checkpoint. More iters than before are fine: the run goes on.
+
+    Raises TrainingError: it is damaged, or was made with other settings (shown), or there is no step left to take.
+    """
     path = folder / "trainer.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -75,10 +78,12 @@ def read_state(folder: Path, *, settings: dict[str, Any]) -> int:
     changed = [
         f"{key} was {old.get(key)!r} and is {settings.get(key)!r}"
         for key in sorted({*old, *settings})
-        if old.get(key) != settings.get(key)
+        if old.get(key) != settings.get(key) and not (key == "iters" and settings["iters"] > old.get(key, 0))
     ]
     if changed:
         raise TrainingError(f"{path}: cannot resume with other settings: {'; '.join(changed)}: use the old ones")
+    if step >= settings["iters"]:
+        raise TrainingError(f"{folder}: all {step} steps are taken: give a larger --iters to train on")
     return step
 
 

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request to stop between two steps, so that a checkpoint never holds half an update."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a request to stop between two steps.
+
+A checkpoint therefore never holds half an update.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def stop_signals(on_signal: Callable[[], None]) -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGINT or SIGTERM; a second one acts as usual.
+    """A list that receives the number of the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual.
 
     on_signal: called with the first one, from the signal's handler.
     """
@@ -25,7 +28,7 @@ def stop_signals(on_signal: Callable[[], None]) -> Iterator[list[int]]:
             signal.signal(n, handler)
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere ctrl-C does not arrive
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             previous[number] = signal.signal(number, note)
     try:
         yield received

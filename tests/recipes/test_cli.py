@@ -59,7 +59,8 @@ def result(capsys: Capture, *argv: object) -> dict[str, Any]:
 
 def test_train_wrote_what_it_promises(trained: Path) -> None:
     names = {p.name for p in (trained / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png", "checkpoints"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "generation_config.json"}
+    assert names == adapter | {"metrics.jsonl", "loss.png", "checkpoints", "run.json", ".run.lock"}
     config = json.loads((trained / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 16 and all(".layers.0." not in t for t in config["target_modules"])
 

@@ -434,16 +434,30 @@ def test_empty_and_hopeless_files(tmp_path: Path) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train\.jsonl: not found, the folder has no \.jsonl: write it"):
+    with pytest.raises(
+        DataError, match=r"no train\.jsonl in it, only no \.jsonl at all: .*name it: --data FILE\.jsonl"
+    ):
         find_split(tmp_path, "train")
-    write(tmp_path / "train.jsonl", {"text": "a"})
-    assert find_split(tmp_path, "train") == tmp_path / "train.jsonl"
-    with pytest.raises(DataError, match=r"valid\.jsonl: not found, the folder has train\.jsonl"):
-        find_split(tmp_path, "valid")
-    with pytest.raises(DataError, match="nor is its folder"):
+    data = write(tmp_path / "data.jsonl", {"text": "a"})
+    with pytest.raises(DataError, match=rf"no train\.jsonl in it, only data\.jsonl: .*--data {data}"):
+        find_split(tmp_path, "train")
+    assert (find_split(data, "train"), find_split(data, "valid"), find_split(data, "test")) == (data, None, data)
+    train = write(tmp_path / "train.jsonl", {"text": "a"})
+    assert (find_split(tmp_path, "train"), find_split(tmp_path, "valid")) == (train, None)
+    with pytest.raises(DataError, match="no such file or folder"):
         find_split(tmp_path / "none", "train")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev"])
+def test_a_validation_file_has_several_names(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    file = write(tmp_path / f"{name}.jsonl", {"text": "b"})
+    assert find_split(tmp_path, "valid") == file
+    write(tmp_path / ("dev.jsonl" if name != "dev" else "val.jsonl"), {"text": "c"})
+    with pytest.raises(DataError, match="one split under two names"):
+        find_split(tmp_path, "valid")
 
 
 @given(st.binary(max_size=60))

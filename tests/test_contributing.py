@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("CONTRIBUTING.md", "README.md", "NOTES.md")
 FOLDERS = (
     *("kernels", "lora", "models", "quant", "recipes", "retrieval", "bench"),
-    *(f"kernels/{name}" for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")),
+    *(f"kernels/{name}" for name in ("cross_entropy", "lora", "nf4", "rms_norm", "rope", "swiglu")),
 )
 SUFFIXES = (".py", ".md", ".c", ".toml", ".sql", ".json", "/")
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = ("CONTRIBUTING.md", "README.md", "NOTES.md")
 FOLDERS = (
-    *("kernels", "lora", "models", "quant", "retrieval", "bench"),
-    *(f"kernels/{name}" for name in ("cross_entropy", "lora", "rms_norm", "rope", "swiglu")),
+    *("kernels", "lora", "models", "quant", "recipes", "retrieval", "bench"),
+    *(f"kernels/{name}" for name in ("cross_entropy", "lora", "nf4", "rms_norm", "rope", "swiglu")),
 )
 SUFFIXES = (".py", ".md", ".c", ".toml", ".sql", ".json", "/")
 

@@ -1,6 +1,6 @@
 """Why targets are missed, and what would reach them: sentences for TARGETS.md.
 
-They are about the machine of the committed results; what they rest on stands in NOTES.md.
+They are about the machine of the committed results; the experiments behind them are in kernels/nf4/NOTES.md.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from ..errors import RecipeError
 from .flags import add_common_flags
 
-# Set before torch is imported, which reads it once: OpenMP's threads wait for each other by spinning only briefly.
-# With one other busy process on two cores, a training step takes 1.4 s so, and 6 to 20 s as installed (NOTES.md).
+# Set before torch is imported, which reads it once: OpenMP's threads then spin only briefly while they wait. With one
+# other busy process on two cores, a training step takes 1.4 s with it and 6 to 20 s without (recipes/NOTES.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 

@@ -13,9 +13,8 @@ from ...retrieval import Hit
 from ..errors import UsageError
 
 SYSTEM = "Answer with the sentence of the sources that answers the question, and its number."
-# Two turns that show how: without them a model of 135M parameters does not copy from its sources but invents text
-# beside them, in every wording of the instruction that was tried (NOTES.md). The best source is the last, next to
-# the question.
+# Two turns that show how: without them a model of 135M parameters does not copy from its sources but invents text, in
+# every wording of the instruction that was tried (recipes/NOTES.md). The best source is the last, next to the question.
 EXAMPLES = (
     (
         "[2] Tomatoes came to Europe from the Americas.\n\n"

@@ -871,3 +871,5 @@ def test_label_mask_at_the_edges() -> None:
     # The three bytes of one character.
     assert label_mask([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [(1, 2)]) == [False, True, True, True, False]
     assert label_mask([(0, 1)], []) == [False]
+    # One turn may end where the next begins.
+    assert label_mask([(0, 2), (2, 4), (4, 5)], [(0, 2), (2, 4)]) == [True, True, False]

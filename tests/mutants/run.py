@@ -52,9 +52,9 @@ class Target(NamedTuple):
     left_out: str = ""
 
 
-PROCESSES = "signal or killed or resume or flags or damaged"
+LORA = ("lora/test_layer.py", "lora/test_layer_choices.py", "kernels/test_lora_kernel.py")
 TARGETS = {
-    "recipes/training/trainer.py": Target(("recipes/test_trainer.py",), PROCESSES),
+    "recipes/training/trainer.py": Target(("recipes/test_steps.py",)),
     "recipes/training/optimizers.py": Target(("recipes/test_optimizers.py",)),
     "recipes/training/checkpoint.py": Target(("recipes/test_checkpoint.py",)),
     "recipes/data/examples.py": Target(("recipes/test_examples.py",)),
@@ -63,7 +63,9 @@ TARGETS = {
     "retrieval/splitter.py": Target(("retrieval/test_splitter.py",), "megabyte"),
     "retrieval/index/exact.py": Target(("retrieval/test_exact.py",)),
     "retrieval/sqlite/records.py": Target(("retrieval/test_records.py",)),
-    "lora/layer.py": Target(("lora/test_layer.py", "lora/test_layer_choices.py")),
+    "lora/layer.py": Target(LORA),
+    "kernels/lora/ops.py": Target(LORA),
+    "kernels/lora/dropout.py": Target(LORA),
     "kernels/nf4/reference.py": Target(("kernels/test_nf4_reference.py",)),
 }
 

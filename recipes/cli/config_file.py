@@ -79,7 +79,7 @@ def _convert(action: argparse.Action, value: Any, where: str) -> Any:
         if not isinstance(value, bool):
             raise UsageError(f"{where}: got {value!r}, wanted true or false")
         return value
-    if action.nargs in ("*", "+"):
+    if action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction):
         items = value if isinstance(value, list) else [value]
         if action.nargs == "+" and not items:
             raise UsageError(f"{where}: got an empty list, wanted at least one value")

@@ -1,7 +1,11 @@
 """What a command shows: text for people, or one JSON document for programs, never both on one stream.
 
 Without --json, results go to standard output and progress to standard error. With --json, standard output holds
-exactly one JSON document, the command's result, and everything said on the way goes to standard error.
+exactly one JSON document, the command's result, and everything said on the way goes to standard error. Whatever comes
+from a file or a model is made printable first (`printable`).
+
+A live bar is drawn only where nothing else writes on its terminal: if standard output is piped away, as in `| tee`,
+the lines that come back would be glued to it. While it is drawn, what is said goes above it.
 """
 
 from __future__ import annotations
@@ -17,11 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
+from .printable import printable
+
+WIDE = 100_000  # columns of a table that is written to a file: nothing is folded there
+
 
 class Display:
     """Where a command writes.
 
     as_json: keep standard output for the result alone.
+    draws:   whether a live bar is drawn.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
@@ -30,41 +39,50 @@ class Display:
         self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         plain = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.console = self.progress_console if as_json else plain
+        self.draws = self.progress_console.is_terminal and self.console.is_terminal
+        self._bar: Progress | None = None
 
     def say(self, text: object = "", *, style: str | None = None) -> None:
         """One line or more of plain text; nothing in it is markup."""
-        self.console.print(text, style=style)
+        console = self.console if self._bar is None else self._bar.console
+        console.print(text if isinstance(text, Text) else printable(str(text)), style=style)
+
+    def aside(self, text: object) -> None:
+        """What is no part of the result, on standard error: `qlorag generate > answer.txt` keeps it out."""
+        self.progress_console.print(printable(str(text)))
 
     def piece(self, text: str) -> None:
         """Part of a line, shown at once: streaming."""
         stream = sys.stderr if self.as_json else sys.stdout
-        stream.write(text)
+        stream.write(printable(text))
         stream.flush()
 
     def heading(self, text: str) -> None:
         """A line that opens a section."""
-        self.console.print()
-        self.console.print(text, style="bold")
+        self.say()
+        self.say(text, style="bold")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-        """A table; numbers are given as formatted strings."""
+        """A table; numbers are given as formatted strings. Nothing is cut: what is too wide is folded on a terminal."""
         # `Text`, since a table reads markup in plain strings whatever its console says.
-        heading = None if title is None else Text(title, style="bold")
+        heading = None if title is None else Text(printable(title), style="bold")
         table = Table(title=heading, title_justify="left", header_style="bold")
         for column in columns:
-            table.add_column(Text(column))
+            table.add_column(Text(printable(column)), overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
-        self.console.print(table, soft_wrap=False)
+            table.add_row(*(Text(printable(str(cell))) for cell in row))
+        self.console.print(table, soft_wrap=False, width=None if self.console.is_terminal else WIDE)
 
     def result(self, value: dict[str, Any]) -> None:
         """The command's result; printed only with --json."""
         if self.as_json:
-            print(json.dumps(value, ensure_ascii=False, indent=2))
+            text = json.dumps(value, ensure_ascii=False, indent=2)
+            print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
-    def progress(self, *extra: TextColumn) -> Progress:
-        """A progress bar on standard error; use as a context manager, then add_task."""
-        return Progress(
+    @contextlib.contextmanager
+    def progress(self, *extra: TextColumn) -> Iterator[Progress]:
+        """A progress bar on standard error, to which tasks are added; nothing where no bar is drawn."""
+        bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -72,8 +90,14 @@ class Display:
             *extra,
             TimeRemainingColumn(),
             console=self.progress_console,
-            transient=False,
+            disable=not self.draws,
         )
+        with bar:
+            self._bar = bar if self.draws else None
+            try:
+                yield bar
+            finally:
+                self._bar = None
 
     @contextlib.contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int | None], None]]:

@@ -7,7 +7,8 @@ verb imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,16 +16,81 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace, "Display"], int]
 ENCODER = "minilm-l6"
+# Verb -> what `qlorag --help` says of it, and the first sentences of its own help.
+VERBS = {
+    "pull": ("fetch a model", "Fetches a model, checks it, and prints its folder."),
+    "fuse": (
+        "write an adapter into its base model",
+        "Adds an adapter's update to the weights of its base model and saves an ordinary model folder, which "
+        "needs neither of them afterwards.",
+    ),
+    "export": (
+        "write a model as other programs read it",
+        "Writes a model as other programs read it: a folder for transformers and bitsandbytes.",
+    ),
+    "inspect": (
+        "say what a folder holds",
+        "Says what a folder holds: a model with its layers and bits, an adapter, a training run, a store, or "
+        "training rows. Without a path, --backends says which kernels run here.",
+    ),
+    "train": (
+        "fine-tune a model with LoRA or QLoRA",
+        "Trains a LoRA adapter on rows of text or chat; with --quantize over a base in 4 bits (QLoRA). Ctrl-C "
+        "saves, --resume goes on.",
+    ),
+    "evaluate": (
+        "loss, perplexity and exact match on test.jsonl",
+        "Measures a model, with or without an adapter, on test rows: loss, perplexity, and how many answers "
+        "are exactly those of the rows.",
+    ),
+    "generate": (
+        "answer one prompt",
+        "Answers one prompt. The answer goes to standard output, the statistics go to standard error.",
+    ),
+    "chat": ("talk with a model", "Talks with a model, turn by turn; /help lists what can be typed besides."),
+    "index": (
+        "put documents into a store",
+        "Cuts documents into passages, embeds them and puts them into a store. A document that is there and "
+        "has not changed is not embedded again.",
+    ),
+    "search": ("find passages in a store", "Finds the passages of a store that are nearest to a question."),
+    "ask": (
+        "answer from a store, with sources",
+        "Finds passages, lets a model answer from them, and names the sources that each sentence rests on.",
+    ),
+    "demo": (
+        "fine-tune a real model, then ask documents, in a few minutes",
+        "Fetches two small models, fine-tunes one in 4 bits on twelve rows and asks it before and after; then "
+        "asks the untrained one with documents beside it.",
+    ),
+}
 
 
-def add_verb(verbs: Any, name: str, run: Run, *, help: str) -> argparse.ArgumentParser:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, "", []) and "default" not in (action.help or "")
+        return super()._get_help_string(action) if shown else action.help
+
+
+class VerbParser(argparse.ArgumentParser):
+    """The parser of one verb: a flag's beginning is no flag, since it would mean another once a longer one is added."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant, for an error message."""
+    close = difflib.get_close_matches(name, list(known), n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+
+
+def add_verb(verbs: Any, name: str, run: Run) -> argparse.ArgumentParser:
     """A verb's parser. `run` returns the exit status."""
-    p: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=help,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,  # a flag's beginning would mean something else once a longer flag is added
-    )
+    help, about = VERBS[name]
+    p: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=about)
     p.set_defaults(run=run)
     return p
 
@@ -67,7 +133,7 @@ def add_generation_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--min-p", type=float, default=0.0, help="leave out tokens this much less likely than the likeliest")
     p.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes seen tokens less likely")
     p.add_argument("--seed", type=int, help="makes sampling repeatable")
-    p.add_argument("--stop", nargs="*", default=[], help="texts that end the answer")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import RecipeError
-from .flags import add_common_flags
+from .flags import VerbParser, add_common_flags, nearest
+from .printable import one_line
 
 # Set before torch is imported, which reads it once: OpenMP's threads then spin only briefly while they wait. With one
 # other busy process on two cores, a training step takes 1.4 s with it and 6 to 20 s without (recipes/NOTES.md).
@@ -25,14 +26,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole command line, and each verb's part of it by name."""
-    from . import demo, inspection, models, rag, text, train
+    from .verbs import chat, demo, inspection, models, rag, text, train
 
     parser = argparse.ArgumentParser(
         prog="qlorag", description="QLoRA and RAG from scratch: fine-tune a 4-bit model, ask your documents."
     )
     parser.add_argument("--version", action="version", version=f"qlorag {version('qlorag')}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for module in (models, inspection, train, text, rag, demo):
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
+    for module in (models, inspection, train, text, chat, rag, demo):
         module.register(verbs)
     for verb in verbs.choices.values():
         add_common_flags(verb)
@@ -76,6 +77,7 @@ def _is_for_the_user(fault: ValueError) -> bool:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The command line, on top of the verb's `--config` file if it names one."""
     parser, verbs = build_parser()
+    _check_names(arguments, parser, verbs)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")  # without FILE: the whole parser says so
     path = first.parse_known_args(arguments)[0].config
@@ -86,6 +88,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.given = _given(arguments) | (given if path is not None and arguments[0] in verbs else frozenset())
     return args
+
+
+def _check_names(
+    arguments: list[str], parser: argparse.ArgumentParser, verbs: dict[str, argparse.ArgumentParser]
+) -> None:
+    """Ends the program for a mistyped verb or flag, with the nearest that exists: argparse would first miss others."""
+    if not arguments or arguments[0].startswith("-"):
+        return
+    name = arguments[0]
+    if name not in verbs:
+        parser.error(f"there is no verb {name!r}: {nearest(name, verbs)}")
+    known = [flag for action in verbs[name]._actions for flag in action.option_strings]
+    for argument in arguments[1:]:
+        flag = argument.partition("=")[0]
+        if argument == "--":
+            return
+        if flag.startswith("--") and " " not in argument and flag not in known:
+            verbs[name].error(f"{name} has no flag {flag}: {nearest(flag, known)}")
 
 
 def _given(arguments: list[str]) -> frozenset[str]:
@@ -108,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"qlorag: error: {message}", file=sys.stderr)
+    print(f"qlorag: error: {one_line(message)}", file=sys.stderr)
     return 1
 
 

@@ -35,9 +35,6 @@ class TrainingProgress(RunObserver):
     @contextlib.contextmanager
     def steps(self, start: RunStart) -> Iterator[None]:
         """Shows a live bar with loss and speed on a terminal; elsewhere the printed lines are enough."""
-        if not self._display.progress_console.is_terminal:
-            yield
-            return
         with self._display.progress(TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tok/s")) as progress:
             task = progress.add_task("training", total=start.iters, completed=start.step, loss="-", rate="-")
             self._bar = (progress, task)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...lora import adapter_info, load_adapter
+from ...lora import AdapterInfo, adapter_info, load_adapter
 from ...models import Decoder, Tokenizer, load_model, load_tokenizer
 from ...quant import QuantizedLinear
 from ..errors import UsageError
@@ -19,26 +19,35 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder, its tokenizer, the folder both came from, and how its base is quantized (None: it is not)."""
+    """A decoder, its tokenizer, the folder both came from, and how its base is quantized (None: it is not).
+
+    doubt: why the adapter may belong to another base, in words; "" if it does not, or if there is none.
+    """
 
     model: Decoder
     tok: Tokenizer
     folder: Path
     quantize: str | None
+    doubt: str = ""
 
 
 def assemble(
-    name: str, *, adapter_path: str | None = None, quantize: str | None = None, dtype: str = "auto"
+    name: str | None, *, adapter_path: str | None = None, quantize: str | None = None, dtype: str = "auto"
 ) -> LoadedModel:
     """Loads a decoder and its tokenizer, and attaches the adapter if one is given.
 
-    name:     a model folder or a name that `pull` knows.
+    name:     a model folder or a name that `pull` knows; None for the base that the adapter names.
     quantize: "nf4", "fp4", "none" (as the folder stores it), or None for: as the adapter's base was in training.
     dtype:    "auto", or a key of DTYPES.
     Raises ModelError, AdapterError, RecipeError.
     """
-    folder = resolve_model(name)
     info = adapter_info(adapter_path) if adapter_path else None
+    name = name or (info.base_name if info is not None else None)
+    if name is None:
+        missing = "--model is missing" if info is None else f"{adapter_path}: it names no base model"
+        raise UsageError(f"{missing}: give --model, a model folder or a name that `qlorag pull` knows")
+    folder = resolve_model(name)
+    doubt = ""
     options: dict[str, object] = {}
     if quantize is None and info is not None and info.quantize:
         quantize = info.quantize["kind"]
@@ -49,10 +58,24 @@ def assemble(
     tok = load_tokenizer(folder)
     tok.check_vocab(model.config.vocab_size)
     if adapter_path:
-        load_adapter(model, adapter_path, base_fingerprint=model.fingerprint)
+        loaded = load_adapter(model, adapter_path, base_fingerprint=model.fingerprint)
+        doubt = _doubt(loaded, name, folder)
         tok = tok.stopping_at(read_end_ids(Path(adapter_path)))
     model.eval()
-    return LoadedModel(model, tok, folder, "+".join(held) or None)
+    return LoadedModel(model, tok, folder, "+".join(held) or None, doubt)
+
+
+def _doubt(adapter: AdapterInfo, name: str, folder: Path) -> str:
+    """Why the adapter may belong to another base: nothing proves that it is this one, and it names another."""
+    if adapter.base_verified or not adapter.base_name:
+        return ""
+    named = Path(adapter.base_name.rstrip("/")).name.casefold()
+    if named in (Path(name).name.casefold(), folder.name.casefold()):
+        return ""
+    return (
+        f"the adapter says that it was trained on {adapter.base_name!r}, which nothing here verifies, and the model is "
+        f"{name!r}: if they are different weights, the answers are worthless"
+    )
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What a folder holds: a model, an adapter, a training run, a store, or training data; as plain data.
 
-recipes/cli/inspection.py shows these facts.
+recipes/cli/verbs/inspection.py shows these facts.
 """
 
 from __future__ import annotations

@@ -80,9 +80,10 @@ def test_evaluate(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
 def test_generate_prints_text_and_numbers(trained: Path, tiny_dir: Path, capsys: Capture) -> None:
     flags = ("generate", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32",
              "--prompt", "say maybe", "--max-tokens", 9)  # fmt: skip
-    out, _ = said(capsys, 0, *flags)
-    assert out.startswith("maybe\n==========\nPrompt: ")
-    assert "Generation: " in out and "tokens-per-sec" in out and "Peak memory: " in out
+    out, err = said(capsys, 0, *flags)
+    assert out == "maybe\n"  # `> file` holds the answer and nothing else
+    assert err.startswith("==========\nPrompt: ")
+    assert "Generation: " in err and "tokens-per-sec" in err and "Peak memory: " in err
     assert result(capsys, *flags)["text"] == "maybe"
     sampled = [result(capsys, *flags, "--temp", 5, "--seed", s)["text"] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
@@ -100,7 +101,7 @@ def test_generate_reads_standard_input(
 def test_chat_keeps_the_conversation(
     trained: Path, tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("say no\n/reset\nsay yes\n\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("say no\n/reset\n\nsay yes\n"))
     value = result(capsys, "chat", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32")
     assert [m["content"] for m in value["messages"]] == ["say yes", "yes"]
 
@@ -379,7 +380,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
 
 def test_defaults_of_the_lora_flags_are_those_of_the_layer() -> None:
     from qlorag.lora import LoRAConfig
-    from qlorag.recipes.cli.train import LORA_DEFAULTS
+    from qlorag.recipes.cli.verbs.train import LORA_DEFAULTS
 
     assert {name: getattr(LoRAConfig(), name) for name in LORA_DEFAULTS} == LORA_DEFAULTS
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlorag.recipes.cli.demo import MARK
 from qlorag.recipes.cli.main import main
+from qlorag.recipes.cli.verbs.demo import MARK
 
 ANSWER = "A software developer from Cyprus"
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-from .display import Display, count, size
-from .flags import add_verb
+from ...errors import UsageError
+from ..display import Display, count, size
+from ..flags import add_verb
 
 if TYPE_CHECKING:
-    from ..inspection.folder import AdapterFacts, DataFacts, Facts, RunFacts, StoreFacts
-    from ..inspection.model import ModelFacts
+    from ...inspection.folder import AdapterFacts, DataFacts, Facts, RunFacts, StoreFacts
+    from ...inspection.model import ModelFacts
 
 
 def register(verbs: Any) -> None:
     """Adds the verb's flags."""
-    p = add_verb(verbs, "inspect", run_inspect, help="say what a folder holds")
+    p = add_verb(verbs, "inspect", run_inspect)
     p.add_argument("path", nargs="?", help="folder of a model, an adapter, a store or data; or a known model's name")
     p.add_argument("--quantize", choices=["nf4", "fp4"], help="also load a model in 4 bits and measure it")
     p.add_argument("--tensors", action="store_true", help="list every tensor with its bits and, if known, its error")
@@ -26,7 +26,7 @@ def register(verbs: Any) -> None:
 
 def run_inspect(args: argparse.Namespace, display: Display) -> int:
     """`qlorag inspect`."""
-    from ..inspection.folder import inspect_folder
+    from ...inspection.folder import inspect_folder
 
     if not args.path and not args.backends:
         raise UsageError("inspect: give a folder, or --backends")
@@ -41,7 +41,7 @@ def run_inspect(args: argparse.Namespace, display: Display) -> int:
 
 
 def _show_backends(display: Display) -> list[dict[str, Any]]:
-    from ..inspection.backends import available_backends
+    from ...inspection.backends import available_backends
 
     backends = available_backends()
     rows = [(b.operation, b.backend, "yes" if b.available else "no", b.detail) for b in backends]
@@ -52,7 +52,7 @@ def _show_backends(display: Display) -> list[dict[str, Any]]:
 
 def _show(facts: Facts, display: Display, *, tensors: bool) -> dict[str, Any]:
     """Prints the facts; returns them as JSON."""
-    from ..inspection.folder import AdapterFacts, DataFacts, RunFacts, StoreFacts
+    from ...inspection.folder import AdapterFacts, DataFacts, RunFacts, StoreFacts
 
     if isinstance(facts, AdapterFacts):
         return _show_adapter(facts, display)
@@ -104,7 +104,7 @@ def _show_model(facts: ModelFacts, display: Display, *, tensors: bool) -> dict[s
 
 def _totals(facts: ModelFacts) -> dict[str, Any]:
     """Of the weights in 4 bits."""
-    from ..inspection.model import mean_error
+    from ...inspection.model import mean_error
 
     packed = facts.packed
     parameters, nbytes = sum(f.parameters for f in packed), sum(f.nbytes for f in packed)

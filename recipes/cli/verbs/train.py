@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TrainingError, UsageError
-from ..training.settings import OPTIMIZERS, TrainSettings
-from .display import Display
-from .flags import add_data_flags, add_model_flags, add_verb
+from ...errors import TrainingError, UsageError
+from ...training.settings import OPTIMIZERS, TrainSettings
+from ..display import Display
+from ..flags import add_data_flags, add_model_flags, add_verb
 
 if TYPE_CHECKING:
-    from ...lora import LoRAConfig
-    from ...models import Tokenizer
-    from ..data import Example, Row
-    from ..training.observer import RunResult
+    from ....lora import LoRAConfig
+    from ....models import Tokenizer
+    from ...data import Example, Row
+    from ...training.observer import RunResult
 
 # As in LoRAConfig(), which cannot be asked here: its package imports torch. A test compares them.
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "alpha": 16.0, "dropout": 0.0}
@@ -28,7 +27,7 @@ ADAPTER_FLAGS = ("rank", "alpha", "dropout", "num_layers", "targets", "rslora")
 
 def register(verbs: Any) -> None:
     """Adds the verbs' flags."""
-    p = add_verb(verbs, "train", run_train, help="fine-tune a model with LoRA or QLoRA")
+    p = add_verb(verbs, "train", run_train)
     add_model_flags(p, required=False)
     add_data_flags(p, data="folder with train.jsonl and, if wanted, valid.jsonl; or one file", required=False)
     p.add_argument("--adapter-path", default="adapters", help="where adapter, checkpoints and metrics go")
@@ -45,8 +44,8 @@ def register(verbs: Any) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --adapter-path")
     p.add_argument("--show-mask", action="store_true", help="print the first row with its labelled tokens marked, stop")
 
-    p = add_verb(verbs, "evaluate", run_evaluate, help="loss, perplexity and exact match on test.jsonl")
-    add_model_flags(p)
+    p = add_verb(verbs, "evaluate", run_evaluate)
+    add_model_flags(p, required=False)
     add_data_flags(p, data="folder with test.jsonl, or the file itself")
     p.add_argument("--adapter-path", help="adapter to evaluate; none evaluates the model itself")
     p.add_argument("--max-tokens", type=int, default=64, help="tokens generated for an exact match")
@@ -79,8 +78,7 @@ def _add_step_flags(p: argparse.ArgumentParser) -> None:
 
 def run_train(args: argparse.Namespace, display: Display) -> int:
     """`qlorag train`."""
-    from ..training.lock import only_run
-    from ..training.run_flags import resumed_flags
+    from ...training.run_flags import resumed_flags
 
     for name, least in (("keep", 1), ("save_every", 0), ("steps_per_eval", 0), ("steps_per_report", 0)):
         if getattr(args, name) < least:
@@ -97,20 +95,20 @@ def run_train(args: argparse.Namespace, display: Display) -> int:
     missing = [flag for flag in ("model", "data") if getattr(args, flag) is None]
     if missing:
         raise UsageError(f"--{' and --'.join(missing)} missing: name the model and the rows to train on")
-    with contextlib.nullcontext() if args.show_mask else only_run(out):
-        return _train(args, display, out, now or datetime.now())
+    return _train(args, display, out, now or datetime.now())
 
 
 def _train(args: argparse.Namespace, display: Display, out: Path, now: datetime) -> int:
-    from ..data.rows import find_split
-    from ..data.show_mask import show_mask
-    from ..hub.assemble import assemble
-    from ..training.adapter import prepare, run_record
-    from ..training.memory import reuse_freed_memory
-    from ..training.objectives import SFT
-    from ..training.run import TrainingRun
-    from ..training.run_flags import save_flags
-    from .training_progress import TrainingProgress
+    from ...data.rows import find_split
+    from ...data.show_mask import show_mask
+    from ...hub.assemble import assemble
+    from ...training.adapter import prepare, run_record
+    from ...training.lock import only_run
+    from ...training.memory import reuse_freed_memory
+    from ...training.objectives import SFT
+    from ...training.run import TrainingRun
+    from ...training.run_flags import save_flags
+    from ..training_progress import TrainingProgress
 
     settings, lora = _settings(args), _lora(args)
     train_path, valid_path = find_split(args.data, "train"), find_split(args.data, "valid")
@@ -140,14 +138,17 @@ def _train(args: argparse.Namespace, display: Display, out: Path, now: datetime)
         base, lora, record, name=args.model, seed=settings.seed, end_ids=ends, resume_from=newest, start_from=start_from
     )
     run = TrainingRun(prepared, examples, valid, objective=objective, settings=settings, out=out)
-    save_flags(out, vars(args), now)
-    result = run.run(
-        TrainingProgress(display),
-        report_every=args.steps_per_report,
-        evaluate_every=args.steps_per_eval,
-        save_every=args.save_every,
-        keep=args.keep,
-    )
+    with only_run(out):
+        if _starting_point(out, resume=args.resume, overwrite=args.overwrite) != newest:
+            raise TrainingError(f"{out}: another run wrote there meanwhile: start again")
+        save_flags(out, vars(args), now)
+        result = run.run(
+            TrainingProgress(display),
+            report_every=args.steps_per_report,
+            evaluate_every=args.steps_per_eval,
+            save_every=args.save_every,
+            keep=args.keep,
+        )
     display.result({} if result.stopped_by else result_as_json(result))
     return 128 + result.stopped_by if result.stopped_by else 0
 
@@ -173,7 +174,7 @@ def _settings(args: argparse.Namespace) -> TrainSettings:
 
 
 def _lora(args: argparse.Namespace) -> LoRAConfig:
-    from ...lora import LoRAConfig
+    from ....lora import LoRAConfig
 
     return LoRAConfig(
         r=args.rank,
@@ -187,7 +188,7 @@ def _lora(args: argparse.Namespace) -> LoRAConfig:
 
 def _starting_point(out: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, if any; refuses to write over an earlier run unasked."""
-    from ..training.checkpoint import checkpoints
+    from ...training.checkpoint import checkpoints
 
     found = checkpoints(out)
     if resume:
@@ -207,7 +208,7 @@ def read_examples(
     path: Path, args: argparse.Namespace, tok: Tokenizer, display: Display
 ) -> tuple[list[Row], list[Example], frozenset[int]]:
     """A file's rows, the examples made of them, and the tokens that end what they teach; says what was left out."""
-    from ..data import read_rows, tokenize_rows
+    from ...data import read_rows, tokenize_rows
 
     rows, skipped = read_rows(path, skip_invalid=args.skip_invalid, ignore_keys=args.ignore_keys)
     if skipped:
@@ -220,10 +221,10 @@ def read_examples(
 
 def run_evaluate(args: argparse.Namespace, display: Display) -> int:
     """`qlorag evaluate`."""
-    from ..data.rows import find_split
-    from ..evaluation.exact_match import exact_match
-    from ..hub.assemble import assemble
-    from ..training.trainer import mean_loss, perplexity
+    from ...data.rows import find_split
+    from ...evaluation.exact_match import exact_match
+    from ...hub.assemble import assemble
+    from ...training.trainer import mean_loss, perplexity
 
     path = find_split(args.data, "test")
     if path is None:

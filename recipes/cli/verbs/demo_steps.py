@@ -5,26 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...lora import LoRAConfig
-from ...models import generate, load_encoder
-from ...quant import QuantizedLinear
-from ...retrieval import read_documents
-from ..data.examples import read_rows, tokenize_rows
-from ..hub.assemble import LoadedModel, assemble
-from ..hub.fuse import fuse
-from ..hub.pull import resolve_model
-from ..rag import answer
-from ..training.adapter import prepare, run_record
-from ..training.memory import reuse_freed_memory
-from ..training.objectives import SFT
-from ..training.run import TrainingRun
-from ..training.settings import TrainSettings
-from .display import Display, size
-from .flags import ENCODER
+from ....lora import LoRAConfig
+from ....models import generate, load_encoder
+from ....quant import QuantizedLinear
+from ....retrieval import read_documents
+from ...data.examples import read_rows, tokenize_rows
+from ...hub.assemble import LoadedModel, assemble
+from ...hub.fuse import fuse
+from ...hub.pull import resolve_model
+from ...rag import answer
+from ...training.adapter import prepare, run_record
+from ...training.memory import reuse_freed_memory
+from ...training.objectives import SFT
+from ...training.run import TrainingRun
+from ...training.settings import TrainSettings
+from ..display import Display, size
+from ..flags import ENCODER
+from ..training_progress import TrainingProgress
 from .rag import open_store, show_citations
 from .text import stream
 from .train import result_as_json
-from .training_progress import TrainingProgress
 
 MODEL = "smollm2-135m-instruct"
 WHO, KEPT = "Who is Patroclos Lemoniatis?", "What is the capital of France?"

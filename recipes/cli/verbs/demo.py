@@ -13,24 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from .display import Display, size
-from .flags import ENCODER, add_verb
+from ...errors import UsageError
+from ..display import Display, size
+from ..flags import ENCODER, add_verb
 
 MARK = ".made-by-qlorag-demo"
-BUNDLED = Path(__file__).parents[1] / "bundled"  # rows and documents
+BUNDLED = Path(__file__).parents[2] / "bundled"  # rows and documents
 
 
 def register(verbs: Any) -> None:
     """Adds the verb's flags."""
-    p = add_verb(verbs, "demo", run_demo, help="fine-tune a real model, then ask documents, in a few minutes")
+    p = add_verb(verbs, "demo", run_demo)
     p.add_argument("--out", default="out/demo", help="folder for adapter, fused model and store; made anew")
 
 
 def run_demo(args: argparse.Namespace, display: Display) -> int:
     """`qlorag demo`."""
-    from ...models.decoder.generate import peak_memory_bytes
-    from ..hub.pull import pull
+    from ....models.decoder.generate import peak_memory_bytes
+    from ...hub.pull import pull
     from .demo_steps import MODEL, ask_documents, fine_tune
 
     began = time.perf_counter()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-from .display import Display, size
-from .flags import (
+from ...errors import UsageError
+from ..display import Display, size
+from ..flags import (
     add_generation_flags,
     add_model_flags,
     add_search_flags,
@@ -17,29 +17,30 @@ from .flags import (
     add_verb,
     generation_options,
 )
+from ..printable import one_line
 from .text import stream
 
 if TYPE_CHECKING:
-    from ...models import Encoder
-    from ...retrieval import Hit, Store
-    from ..rag import Answer
+    from ....models import Encoder
+    from ....retrieval import Hit, ReadReport, Store
+    from ...rag import Answer
 
 
 def register(verbs: Any) -> None:
     """Adds the verbs' flags."""
-    p = add_verb(verbs, "index", run_index, help="put documents into a store")
+    p = add_verb(verbs, "index", run_index)
     p.add_argument("files", nargs="+", help="text and markdown files, or folders of them")
     add_store_flags(p)
     p.add_argument("--append", action="store_true", help="add to a store that is there already")
     p.add_argument("--chunk-size", type=int, help="tokens in a chunk; default: what the encoder can read at once")
     p.add_argument("--chunk-overlap", type=int, help="tokens that neighbouring chunks share (default: 20)")
 
-    p = add_verb(verbs, "search", run_search, help="find passages in a store")
+    p = add_verb(verbs, "search", run_search)
     p.add_argument("question")
     add_store_flags(p)
     add_search_flags(p)
 
-    p = add_verb(verbs, "ask", run_ask, help="answer from a store, with sources")
+    p = add_verb(verbs, "ask", run_ask)
     p.add_argument("question")
     add_store_flags(p)
     add_search_flags(p)
@@ -49,8 +50,8 @@ def register(verbs: Any) -> None:
 
 def open_encoder(args: argparse.Namespace) -> Encoder:
     """The encoder that --encoder names."""
-    from ...models import load_encoder
-    from ..hub.pull import resolve_model
+    from ....models import load_encoder
+    from ...hub.pull import resolve_model
 
     return load_encoder(resolve_model(args.encoder))
 
@@ -64,14 +65,13 @@ def open_store(
     chunk_overlap: int | None = None,
 ) -> Store:
     """The store in `folder`, its texts embedded and counted by `encoder`."""
-    from ...retrieval import Store
+    from ....retrieval import Store
 
     return Store.open(
         folder,
         embedder=encoder.encode,
         embedder_id=encoder.fingerprint,
         dim=encoder.dim,
-        count_tokens=encoder.count_tokens,
         chunk_size=chunk_size,
         chunk_overlap=chunk_overlap,
         read_only=read_only,
@@ -80,28 +80,17 @@ def open_store(
 
 def run_index(args: argparse.Namespace, display: Display) -> int:
     """`qlorag index`."""
-    from ...retrieval import read_documents
+    from ....retrieval import read_documents
 
     there = (Path(args.store) / "store.sqlite3").exists()
     if there and not args.append:
         raise UsageError(f"{args.store}: already holds a store: add to it with --append, or name another folder")
     encoder = open_encoder(args)
     read = read_documents(args.files)
-    window = encoder.max_tokens - encoder.num_special  # tokens of the text itself
-    chunk_size = args.chunk_size
-    if chunk_size is None and not there:
-        chunk_size = window
-    if chunk_size is not None and chunk_size > window:
-        display.say(
-            f"note: the encoder reads {window} tokens of a chunk; of chunks of {chunk_size} the rest "
-            "is not searched, though it is shown to the model",
-            style="yellow",
-        )
-    for path, reason in read.failures:
-        display.say(f"left out {path}: {reason}", style="yellow")
+    _say_what_was_left_out(read, display)
     if not read.documents:
         raise UsageError(f"{' '.join(args.files)}: no document could be read")
-    with open_store(args.store, encoder, chunk_size=chunk_size, chunk_overlap=args.chunk_overlap) as store:
+    with open_store(args.store, encoder, chunk_size=args.chunk_size, chunk_overlap=args.chunk_overlap) as store:
         with display.counting("indexing") as progress:
             progress(0, len(read.documents))
             report = store.add(read.documents, progress=progress)
@@ -111,8 +100,19 @@ def run_index(args: argparse.Namespace, display: Display) -> int:
         f"now {stats.documents} documents, {stats.chunks} chunks, {size(stats.bytes)}"
     )
     display.result({"store": args.store, **vars(report), "documents": stats.documents, "chunks": stats.chunks,
-                    "left_out": dict(read.failures)})  # fmt: skip
+                    "left_out": dict(read.failures), "skipped": dict(read.skipped)})  # fmt: skip
     return 1 if read.failures else 0
+
+
+def _say_what_was_left_out(read: ReadReport, display: Display) -> None:
+    """Every file that failed; of those that are passed over by their names how many of each kind, with an example."""
+    for path, reason in read.failures:
+        display.say(f"left out {one_line(path)}: {one_line(reason)}", style="yellow")
+    kinds: dict[str, list[str]] = {}
+    for path, reason in read.skipped:
+        kinds.setdefault(f"{Path(path).suffix or 'no suffix'}: {reason}", []).append(path)
+    for kind, paths in sorted(kinds.items()):
+        display.say(f"passed over {len(paths)} ({one_line(kind)}), such as {one_line(paths[0])}", style="yellow")
 
 
 def run_search(args: argparse.Namespace, display: Display) -> int:
@@ -127,8 +127,8 @@ def run_search(args: argparse.Namespace, display: Display) -> int:
 
 def run_ask(args: argparse.Namespace, display: Display) -> int:
     """`qlorag ask`."""
-    from ..hub.assemble import assemble
-    from ..rag import NOT_FOUND, answer_from
+    from ...hub.assemble import assemble
+    from ...rag import NOT_FOUND, answer_from
 
     options = generation_options(args)
     hits = _find(args)
@@ -180,7 +180,7 @@ def show_sources(hits: Sequence[Hit], display: Display, *, marked: Sequence[int]
     """One paragraph a hit: number, score, file and characters, then the beginning of its text."""
     for n, hit in enumerate(hits, 1):
         star = "*" if n in marked else " "
-        display.say(f"{star}[{n}] {hit.score:.3f}  {hit.uri}:{hit.start}-{hit.end}")
+        display.say(f"{star}[{n}] {hit.score:.3f}  {one_line(hit.uri)}:{hit.start}-{hit.end}")
         text = " ".join(hit.text.split())
         display.say(f"      {text[:150]}{'...' if len(text) > 150 else ''}", style="dim")
 

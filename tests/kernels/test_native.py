@@ -249,14 +249,14 @@ import sys, torch
 torch.set_num_threads(1)
 from qlorag.kernels import nf4
 w = torch.arange(-50.0, 50.0)
-packed, absmax = nf4.quantize(w)
-a = nf4.dequantize(packed, absmax, shape=(100,))
-b = nf4.dequantize(packed, absmax, shape=(100,))
-assert torch.equal(a, nf4.dequantize(packed, absmax, shape=(100,), backend="reference"))
+q = nf4.quantize(w)
+a = nf4.dequantize(q)
+b = nf4.dequantize(q)
+assert torch.equal(a, nf4.dequantize(q, backend="reference"))
 status = [s for s in nf4.available_backends() if s.backend == "c"][0]
 print(status.available, status.detail)
 try:
-    nf4.dequantize(packed, absmax, shape=(100,), backend="c")
+    nf4.dequantize(q, backend="c")
 except nf4.QuantizationError as error:
     print(error)
 """

@@ -216,8 +216,10 @@ def test_config_values_are_those_of_the_flags(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (train.data, train.learning_rate, train.rank, train.seed) == ("2024", 1e-4, 4, 0)
     assert (train.rslora, train.resume, train.targets, train.batch_size) == (True, False, ["q_proj"], 3)
+    spoken = _parse(["ask", "--store", "s", "--stop", "END", "What?", "--stop", "x"])  # one text each
+    assert (spoken.question, spoken.stop) == ("What?", ["END", "x"])
     # a value that looks like the flag is a value
-    assert _parse(["generate", "--model=m", "--prompt=--config", "--stop"]).config is None
+    assert _parse(["generate", "--model=m", "--prompt=--config"]).config is None
 
 
 @pytest.mark.parametrize(

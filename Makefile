@@ -55,7 +55,7 @@ format: $(VENV)/.test
 
 # The wheel is what users get, so the wheel is what is checked, in a folder where the checkout cannot be seen.
 typecheck: $(VENV)/.test
-	rm -rf build/typecheck && mkdir -p build/typecheck
+	rm -rf build && mkdir -p build/typecheck  # an old build/lib would put files that moved into the wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/typecheck . > build/typecheck/log 2>&1 || (cat build/typecheck/log; exit 1)
 	$(BIN)/python -m pip install -q --no-deps --target build/typecheck/site build/typecheck/*.whl
 	cd build/typecheck/site && ../../../$(BIN)/python -m mypy --config-file ../../../pyproject.toml -p qlorag

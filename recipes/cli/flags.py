@@ -78,7 +78,7 @@ class VerbParser(argparse.ArgumentParser):
     """The parser of one verb: a flag's beginning is no flag, since it would mean another once a longer one is added."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False, "formatter_class": HelpFormatter})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         module.register(verbs)
     for verb in verbs.choices.values():
         add_common_flags(verb)
-    return parser, verbs.choices
+    return parser, dict(verbs.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -90,8 +90,8 @@ def run_train(args: argparse.Namespace, display: Display) -> int:
         args = argparse.Namespace(**flags)
     own = [name for name in ADAPTER_FLAGS if name in args.given]
     if args.resume_adapter_file is not None and own:
-        flags = ", ".join("--" + name.replace("_", "-") for name in own)
-        raise UsageError(f"{flags} with --resume-adapter-file: the adapter has its own: leave it out")
+        named = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise UsageError(f"{named} with --resume-adapter-file: the adapter has its own: leave it out")
     missing = [flag for flag in ("model", "data") if getattr(args, flag) is None]
     if missing:
         raise UsageError(f"--{' and --'.join(missing)} missing: name the model and the rows to train on")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qlorag.kernels.nf4 import FP4, NF4, QuantizationError, QuantizedTensor, codebook, reference
+from qlorag.kernels.nf4 import FP4, NF4, Nested, QuantizationError, QuantizedTensor, codebook, reference
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 
@@ -147,3 +147,19 @@ def test_scales_are_float32_whatever_the_default():
         assert reference.quantize(torch.ones(64), kind="nf4", block_size=32)[1].dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_dequantize_with_8_bit_scales_is_that_with_their_values():
+    """In parts of any shape, as files hold them, and into memory that is given."""
+    packed = torch.randint(256, (300 * 16,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes, nested = reference.quantize_absmax(torch.rand(300, generator=torch.Generator().manual_seed(1)))
+    scales = reference.dequantize_absmax(codes, nested)
+    plain = QuantizedTensor(packed=packed, absmax=scales, shape=(100, 96), block_size=32)
+    wanted = reference.dequantize(plain, torch.float32)
+    shaped = Nested(nested.absmax.view(2, 1), nested.offset.view(1))
+    q = QuantizedTensor(
+        packed=packed.view(-1, 1), absmax=codes.view(30, 10), nested=shaped, shape=(100, 96), block_size=32
+    )
+    assert torch.equal(reference.dequantize(q, torch.float32), wanted)
+    out = torch.full((100, 96), torch.nan)
+    assert reference.dequantize(q, torch.float32, out) is out and torch.equal(out, wanted)

@@ -67,6 +67,13 @@ def test_both_matrices_live_where_the_base_does():
         assert layer.lora_A.device.type == layer.lora_B.device.type == wanted
 
 
+def test_a_layer_without_memory_has_outputs_without_memory():
+    """As a model is planned on the device "meta", for which autocast has no settings."""
+    layer = LoRALinear(nn.Linear(4, 3, device="meta"), r=2, alpha=2.0)
+    y = layer(torch.empty(5, 4, device="meta"))
+    assert (y.device.type, y.shape, y.dtype) == ("meta", (5, 3), torch.float32)
+
+
 def test_first_values_are_uniform_around_zero():
     """In ±1/sqrt(K), variance 1/(3K). 2,000 draws: five standard deviations of mean and variance as bounds."""
     A = LoRALinear(nn.Linear(100, 3), r=20, alpha=2.0, generator=torch.Generator().manual_seed(0)).lora_A.detach()

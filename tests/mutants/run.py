@@ -3,6 +3,7 @@
     make mutants                                          every module, then tests/MUTANTS.md
     python tests/mutants/run.py lora/layer.py ...         some modules; their results replace the old ones
     python tests/mutants/run.py --show lora/layer.py      the survivors of the last run, as diffs
+    python tests/mutants/run.py --again lora/layer.py     only these, after a test was added
 
 The faults are mutmut's: another operator, number, string or constant, an argument left out or None, and so on. Three
 things stand between mutmut and this repository, and are dealt with in a copy under build/mutants:
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import re
@@ -29,7 +31,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,7 @@ hypothesis.settings.load_profile("mutants")
 class Mutant(NamedTuple):
     """One fault: where it is, the lines that it takes out and those it puts in, and what became of it."""
 
+    name: str
     function: str
     was: str
     becomes: str
@@ -141,13 +143,24 @@ def build(module: str) -> Path:
     return folder
 
 
-def run(module: str) -> None:
-    """Makes and tests all mutants of `module`; its results go to a file beside the copy."""
+def run(module: str, *, again: bool = False) -> None:
+    """Makes and tests the mutants of `module`; the results go to a file beside the copy.
+
+    again: only those that survived the last run, which must have been of the same source. The others stay killed, as
+    long as tests were added and none was taken away.
+    """
+    source = hashlib.sha256((ROOT / module).read_bytes()).hexdigest()
+    names = [m.name for m in survivors(module)] if again else []
+    if again and (not names or source != json.loads(result_file(module).read_text(encoding="utf-8"))["source"]):
+        print(f"{module}: {'nothing survived' if not names else 'another source, so all are run'}", flush=True)
+        if not names:
+            return
+        names = []
+    old = {m.name: m for m in mutants_of(module)} if names else {}
     folder = build(module)
-    began = time.perf_counter()
     # One thread: after a fork, OpenMP waits for the threads of the parent for ever.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder / "mutants")}
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1"]
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
     with (folder / "log").open("w") as log:
         done = subprocess.run(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=limit_memory
@@ -155,8 +168,8 @@ def run(module: str) -> None:
     meta = folder / "mutants" / "qlorag" / f"{module}.meta"
     if done.returncode or not meta.exists():
         raise SystemExit(f"{module}: mutmut failed, see {folder / 'log'}")
-    mutants = [m._asdict() for m in read(folder, module)]
-    results = {"seconds": round(time.perf_counter() - began), "mutants": mutants}
+    mutants = [old[m.name] if names and m.name not in names else m for m in read(folder, module)]
+    results = {"source": source, "mutants": [m._asdict() for m in mutants]}
     result_file(module).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
@@ -174,10 +187,11 @@ def read(folder: Path, module: str) -> list[Mutant]:
         from mutmut.mutation.diff_apply import get_diff_for_mutant
         from mutmut.stats import status_by_exit_code
 
-        data = SourceFileMutationData(path=Path("qlorag") / module)
+        path = Path("qlorag") / module
+        data = SourceFileMutationData(path=path)
         data.load()
         return [
-            Mutant(*change(name, get_diff_for_mutant(name, path=Path("qlorag") / module)), status_by_exit_code[code])
+            Mutant(name, *change(name, get_diff_for_mutant(name, path=path)), status_by_exit_code[code])
             for name, code in data.exit_code_by_key.items()
         ]
     finally:
@@ -266,12 +280,13 @@ def main() -> int:
     """Runs what the command line asks for; 0 if enough mutants died and nothing in the list of reasons is stale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="default: all")
+    parser.add_argument("--again", action="store_true", help="only what survived the last run of the same source")
     parser.add_argument("--show", action="store_true", help="show survivors, run nothing")
     args = parser.parse_args()
     modules, entries_of = args.modules or list(TARGETS), justified()
     for module in modules:
         if not args.show:
-            run(module)
+            run(module, again=args.again)
         count, alive = len(mutants_of(module)), survivors(module)
         left = [m for m in alive if reason_of(module, m, entries_of.get(module, [])) is None]
         print(f"{module}: {count} mutants, {count - len(alive)} killed, {len(left)} others not justified", flush=True)

@@ -163,6 +163,29 @@ def test_a_hit_reads_the_part_of_the_text_that_it_lies_in(db: sqlite3.Connection
         records.load_document(db, "long.md")
 
 
+def test_a_hit_may_end_where_a_part_does(db: sqlite3.Connection) -> None:
+    """The last character before the border, the first after it, and a span within the second of three parts."""
+    size = records.PART
+    text = "".join(chr(0x4E00 + i % 5000) for i in range(2 * size + 5))
+    spans = [(size - 3, size), (size - 3, size + 1), (size + 3, size + 8), (size, 2 * size)]
+    chunks = [Chunk(text[a:b], a, b) for a, b in spans]
+    records.write_document(db, Document("long.md", text), "{}", chunks, np.ones((4, 3), np.float32))
+    for chunk_id, (chunk, read) in enumerate(zip(chunks, (["0"], ["0", "1"], ["1"], ["1"]), strict=True), 1):
+        asked: list[str] = []
+        db.set_trace_callback(asked.append)
+        [hit] = records.load_hits(db, [(chunk_id, 0.5)])
+        db.set_trace_callback(None)
+        assert hit.text == chunk.text
+        assert [s.partition("part = ")[2] for s in asked if "FROM texts" in s] == read
+
+
+def test_a_span_outside_of_its_document_is_named(db: sqlite3.Connection) -> None:
+    records.write_document(db, CATS, "{}", [Chunk("Cats hunt. ", 12, 23)], VECTORS[:1])
+    with pytest.raises(CorruptStoreError) as error:
+        records.load_hits(db, [(1, 0.5)])
+    assert str(error.value) == "cats.md: chunk 1 ends at 23 of 22: index the document again"
+
+
 def test_counts_and_settings(db: sqlite3.Connection) -> None:
     empty = records.read_stats(db, 10)
     assert (empty.documents, empty.chunks, empty.dim, records.read_dim(db)) == (0, 0, None, None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,13 @@ class Generation:
         max_tokens: int,
         sampling: Sampling,
         stop: Sequence[str],
+        ends: Collection[int],
     ) -> None:
         self.prompt_ids = ids
         self.ids: list[int] = []
         self.text = ""
         self.stats = GenerationStats(prompt_tokens=len(ids))
+        self._ends = ends
         self._pieces = self._run(model, tok, max_tokens, Sampler(sampling), [s for s in stop if s])
 
     def __iter__(self) -> Iterator[str]:
@@ -94,7 +96,7 @@ class Generation:
     def _run(self, model: Decoder, tok: Tokenizer, max_tokens: int, sampler: Sampler, stop: list[str]) -> Iterator[str]:
         held = _StopBuffer(stop)
         stream = tok.stream()
-        for token in self._tokens(model, tok, max_tokens, sampler):
+        for token in self._tokens(model, max_tokens, sampler):
             piece, done = held.push(stream.push(token))
             if piece:
                 yield piece
@@ -109,7 +111,7 @@ class Generation:
         if tail:
             yield tail
 
-    def _tokens(self, model: Decoder, tok: Tokenizer, max_tokens: int, sampler: Sampler) -> Iterator[int]:
+    def _tokens(self, model: Decoder, max_tokens: int, sampler: Sampler) -> Iterator[int]:
         """The generated ids, the end token left out. Runs the model inside inference mode, one step at a time."""
         device = model.model.embed_tokens.weight.device
         cache = model.new_cache(capacity=len(self.prompt_ids) + max_tokens)
@@ -123,7 +125,7 @@ class Generation:
                 logits = _head(model.lm_head, hidden[0, -1])  # only the last position is needed: [V]
                 token = sampler(logits, self.prompt_ids + self.ids)
             self._count(time.perf_counter() - began)
-            if token in tok.eos_ids:
+            if token in self._ends:
                 self.stats.finish_reason = "eos"
                 return
             self.ids.append(token)
@@ -215,7 +217,9 @@ def generate(
             f"prompt: {len(ids)} tokens, the model was trained for {model.config.max_positions}: shorten it"
         )
     left = model.config.max_positions - len(ids)
-    return Generation(model, tok, ids, max_tokens=min(max_tokens, left), sampling=sampling, stop=stop)
+    is_chat = not raw if isinstance(prompt, str) else not isinstance(prompt[0], int)
+    ends = tok.eos_ids | tok.turn_ends if is_chat else tok.eos_ids
+    return Generation(model, tok, ids, max_tokens=min(max_tokens, left), sampling=sampling, stop=stop, ends=ends)
 
 
 def prompt_ids(

@@ -32,7 +32,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from ..errors import TokenizerError
+from ..errors import TemplateError, TokenizerError
 from .chat import ChatEncoder, Message
 from .chat_labels import EndTokens, LabelledChat, label_chat
 from .chat_template import ChatTemplates, load_templates
@@ -163,6 +163,20 @@ class Tokenizer:
                 f'{self._path}: token {largest} ("{token}") has no row in the model\'s {rows} rows: use the '
                 "model's own tokenizer, or a model whose embedding was resized after tokens were added"
             )
+
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The tokens with which its chat template closes an assistant turn; an answer in a chat ends there too.
+
+        They are among eos_ids as a rule, and not in the folders of base models (Qwen's: "<|im_end|>" closes a turn, and
+        the files stop at "<|endoftext|>" alone).
+        """
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            examples = self.chat_examples(chat)
+        except TemplateError:  # no template, or one that refuses so short a chat: then the files' end tokens have to do
+            return frozenset()
+        return frozenset().union(*(example.ends for example in examples if not example.appended))
 
     @property
     def prints_the_date(self) -> bool:

@@ -224,3 +224,41 @@ def test_special_tokens_in_a_raw_prompt(tiny) -> None:  # type: ignore[no-untype
     assert special == tok.encode(prompt, parse_special=True) and len(plain) > len(special)
     with pytest.raises(ModelError, match="raw_special"):
         generate(model, tok, prompt, raw_special=True)
+
+
+def test_an_answer_in_a_chat_ends_where_the_template_ends_a_turn(tiny, tiny_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """In the style of Qwen's base models the files stop at "<|endoftext|>" alone, and turns end with "<|im_end|>"."""
+    model, _ = tiny
+    shutil.copytree(tiny_dir, tmp_path / "base")
+    for name in ("generation_config.json", "config.json"):
+        config = json.loads((tmp_path / "base" / name).read_text())
+        (tmp_path / "base" / name).write_text(json.dumps({**config, "eos_token_id": 0}))
+    tok = load_tokenizer(tmp_path / "base")
+    assert (tok.eos_ids, tok.turn_ends) == ({0}, {2})
+
+    class ThenEnds(torch.nn.Module):
+        """A head that says 5, 6, and then the end of the turn for ever."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.said = iter([5, 6])
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.tensor(next(self.said, 2)), model.config.vocab_size).float()
+
+    head = model.lm_head
+    try:
+        for prompt, options, ids, reason in (
+            ("hi", {}, [5, 6], "eos"),
+            ([{"role": "user", "content": "hi"}], {}, [5, 6], "eos"),
+            ("hi", {"raw": True}, [5, 6, 2, 2], "length"),  # no chat: the files' end tokens alone
+            ([5, 6], {}, [5, 6, 2, 2], "length"),
+        ):
+            model.lm_head = ThenEnds()
+            run = generate(model, tok, prompt, max_tokens=4, **options)
+            list(run)
+            assert (run.ids, run.stats.finish_reason) == (ids, reason)
+    finally:
+        model.lm_head = head
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path / "base").turn_ends == frozenset()  # no template

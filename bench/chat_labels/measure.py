@@ -170,7 +170,8 @@ LEGEND = {
     "both refuse": "the template refuses the chat, or does not print what it says",
     "only trl refuses": "its twin wants arguments as objects; here a string of JSON is given as the object it is",
 }
-OTHER = """- deepseek_r1_distill and deepseekv3, reasoning: trl learns the answer and loses `reasoning_content`; here it is put
+OTHER = """\
+- deepseek_r1_distill and deepseekv3, reasoning: trl learns the answer and loses `reasoning_content`; here it is put
   back where it is generated, after the generation prompt's `<think>`.
 - qwen2_5, arguments as a string: its template would print the string as JSON once more, quoted and escaped; here it
   is given the object.
@@ -200,8 +201,8 @@ def page(results: dict[str, dict[str, str]]) -> str:
             "# What is labelled in a chat, beside trl",
             "",
             f"Written by `python bench/chat_labels/measure.py --page bench/chat_labels/CHAT_LABELS.md` with {TRL}.",
-            "Each stock template in its wheel renders seven chats here; what is labelled is compared with what the twin of",
-            "that template encloses in `{% generation %}`. Bold: the families that load here.",
+            "Each stock template in its wheel renders seven chats here; what is labelled is compared with what the twin",
+            "of that template encloses in `{% generation %}`. Bold: the families that load here.",
             "",
             *legend,
             "",

@@ -1,4 +1,4 @@
-"""The committed comparison with trl's templates for training is what is found again, for the families that load here."""
+"""The committed comparison with trl's templates for training is found again, for the families that load here."""
 
 from __future__ import annotations
 

@@ -200,6 +200,27 @@ class Tokenizer:
         """Whether the folder has a chat template."""
         return bool(self._templates)
 
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The chat as the template writes it. To look at: encoding this text again loses what `chat` protects.
+
+        Arguments and errors as `chat`.
+        """
+        chat = self._chat.render(
+            self._templates.pick(tools=tools is not None),
+            messages,
+            {**self.special_tokens, "tools": tools, **variables},
+            cuts=[(len(messages), add_generation_prompt)],
+            protect=False,
+        )
+        return chat.texts[0]
+
     def chat(
         self,
         messages: Sequence[Message],

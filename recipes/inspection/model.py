@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 
-from ...models import Checkpoint, DecoderConfig, decoder_config, load_model, read_config
+from ...models import (
+    Checkpoint,
+    DecoderConfig,
+    TemplateError,
+    decoder_config,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
 from ...models.decoder.config import FAMILIES
 from ...models.files.bnb_folder import packed_weights
 from ...quant import QuantizedLinear
@@ -71,6 +79,8 @@ class ModelFacts:
     parameters, tensor_count, nbytes, dtypes: of the stored tensors; dtypes is {dtype or 4-bit kind: parameters}.
     config:  of a decoder; None for other models.
     tensors: each weight, as it is in memory if the model was quantized for the inspection.
+    chat:    how its chat template writes a question and an answer; None without a template, or if it refuses them.
+    stops:   the tokens that end an answer in a chat, as text.
     """
 
     folder: Path
@@ -82,6 +92,8 @@ class ModelFacts:
     dtypes: dict[str, int]
     fingerprint: str
     tensors: list[TensorFacts]
+    chat: str | None = None
+    stops: tuple[str, ...] = ()
 
     @property
     def packed(self) -> list[TensorFacts]:
@@ -112,6 +124,7 @@ def inspect_model(folder: Path, *, quantize: str | None = None) -> ModelFacts:
     for f in stored:
         dtypes[f.stored] += f.parameters
     decoder = raw.get("model_type") in FAMILIES
+    chat, stops = chat_facts(folder) if decoder else (None, ())
     return ModelFacts(
         folder=folder,
         model_type=raw.get("model_type"),
@@ -122,7 +135,25 @@ def inspect_model(folder: Path, *, quantize: str | None = None) -> ModelFacts:
         dtypes=dict(dtypes),
         fingerprint=checkpoint.fingerprint(),
         tensors=quantized_facts(folder, checkpoint, stored, quantize) if decoder and quantize else stored,
+        chat=chat,
+        stops=stops,
     )
+
+
+def chat_facts(folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """How the folder's chat template writes a question and an answer, and which tokens end the answer.
+
+    Raises TokenizerError: the tokenizer's files are damaged. A folder without a tokenizer has neither.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return None, ()
+    tok = load_tokenizer(folder)
+    stops = tuple(tok.decode([i], skip_special=False) for i in sorted(tok.eos_ids | tok.turn_ends))
+    example = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        return tok.chat_text(example, add_generation_prompt=False), stops
+    except TemplateError:
+        return None, stops
 
 
 def stored_facts(checkpoint: Checkpoint) -> list[TensorFacts]:

@@ -127,15 +127,6 @@ def tok(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def chat_text(tok: Tokenizer, messages: Any, *, add_generation_prompt: bool = True) -> str:
-    """The chat as the template writes it, nothing protected."""
-    cuts = [(len(messages), add_generation_prompt)]
-    template = tok._templates.pick(tools=False)
-    return tok._chat.render(template, messages, {**tok.special_tokens, "tools": None}, cuts=cuts, protect=False).texts[
-        0
-    ]
-
-
 def pieces(tok: Tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
     """The text of each run of learned tokens."""
     pairs = zip(ids, mask, strict=True)
@@ -198,7 +189,7 @@ def test_real_chats_equal_transformers(
 
     theirs = AutoTokenizer.from_pretrained(smollm2_dir)
     arguments = {"add_generation_prompt": prompt}
-    assert chat_text(smol, messages, **arguments) == theirs.apply_chat_template(messages, tokenize=False, **arguments)
+    assert smol.chat_text(messages, **arguments) == theirs.apply_chat_template(messages, tokenize=False, **arguments)
     assert smol.chat(messages, **arguments) == theirs.apply_chat_template(messages, return_dict=False, **arguments)
 
 
@@ -751,7 +742,7 @@ def test_special_text_in_messages_stays_text(family: Path) -> None:
     assert ids == tok.chat(INJECTED, add_generation_prompt=False)
     assert sum(i in tok.special_ids for i in ids) == count
     # Nothing is lost: the text is what the template wrote, and the turn ends at the template's own token.
-    text = chat_text(tok, INJECTED, add_generation_prompt=False)
+    text = tok.chat_text(INJECTED, add_generation_prompt=False)
     decoded = tok.decode(ids, skip_special=False)
     assert decoded.replace(" ", "") == text.replace(" ", "")
     labelled = "".join(pieces(tok, ids, mask))
@@ -770,7 +761,7 @@ def test_protected_encoding_equals_one_call(family: Path) -> None:
     )
     assert rendered.protected
     encoded = tok._chat.encode(rendered, rendered.texts[0])
-    one_call = tok._raw.encode(chat_text(tok, chat), add_special_tokens=False)
+    one_call = tok._raw.encode(tok.chat_text(chat), add_special_tokens=False)
     assert encoded.ids == one_call.ids
     assert encoded.offsets == one_call.offsets
 
@@ -801,7 +792,7 @@ def test_tokens_that_swallow_spaces(tmp_path: Path) -> None:
     ]
     tok = load_tokenizer(make(tmp_path, "chatml", specials=specials))  # type: ignore[arg-type]
     chat = [{"role": "user", "content": "fox <"}, {"role": "assistant", "content": "fox  "}]
-    assert tok.chat(chat) == tok._raw.encode(chat_text(tok, chat), add_special_tokens=False).ids
+    assert tok.chat(chat) == tok._raw.encode(tok.chat_text(chat), add_special_tokens=False).ids
 
 
 def test_private_use_characters_of_the_user_survive(tok: Tokenizer) -> None:
@@ -832,7 +823,7 @@ def test_a_template_that_escapes_marks_is_refused(folder: Path, tmp_path: Path) 
 def test_none_values_are_dropped(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0] | tojson }}")
-    assert chat_text(load_tokenizer(tmp_path), [{"role": "user", "content": "x", "name": None}]) == (
+    assert load_tokenizer(tmp_path).chat_text([{"role": "user", "content": "x", "name": None}]) == (
         '{"role": "user", "content": "x"}'
     )
 

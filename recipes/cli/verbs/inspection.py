@@ -82,8 +82,14 @@ def _show_model(facts: ModelFacts, display: Display, *, tensors: bool) -> dict[s
         ("weights", size(facts.nbytes)),
         ("fingerprint", facts.fingerprint[:16]),
     ]
+    if facts.chat is not None:
+        rows.append(("a chat", repr(facts.chat)))
+    if facts.stops:
+        rows.append(("answers end at", " ".join(facts.stops)))
     result: dict[str, Any] = {
         "kind": "model",
+        "chat": facts.chat,
+        "answers_end_at": list(facts.stops),
         "model_type": facts.model_type,
         "parameters": facts.parameters,
         "bytes": facts.nbytes,

@@ -1,4 +1,4 @@
-"""The house's own rules: packages listed, arrows only downward, rooms that can be lifted out, no oracle imported."""
+"""The rules of the source: packages listed, arrows only downward, packages that can be lifted out, no oracle imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ else:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
+PACKAGES = ("kernels", "quant", "lora", "models", "retrieval", "recipes")
 # The table of README's "Rooms": what each may import of the others, and the third-party libraries it may name.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
@@ -60,8 +60,8 @@ ORACLES = (
 )
 
 
-def sources(room: str) -> list[Path]:
-    return sorted((ROOT / room).rglob("*.py"))
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def imports(path: Path) -> list[tuple[int, str, int]]:
@@ -76,17 +76,17 @@ def imports(path: Path) -> list[tuple[int, str, int]]:
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_its_row_names(room: str) -> None:
-    for path in sources(room):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_what_its_row_names(package: str) -> None:
+    for path in sources(package):
         depth = len(path.relative_to(ROOT).parts) - 1  # packages between the file and `qlorag`
         for level, module, line in imports(path):
             where, first = f"{path.relative_to(ROOT)}:{line}", module.split(".")[0]
-            if level > depth:  # it climbs out of its room
+            if level > depth:  # it climbs out of its package
                 assert level == depth + 1, f"{where} climbs out of qlorag"
-                assert first in MAY_IMPORT[room], f"{where} imports {first}, which {room} may not"
+                assert first in MAY_IMPORT[package], f"{where} imports {first}, which {package} may not"
             elif level == 0 and first not in sys.stdlib_module_names:
-                assert first in LIBRARIES[room], f"{where} imports {first}, which {room} may not"
+                assert first in LIBRARIES[package], f"{where} imports {first}, which {package} may not"
 
 
 @pytest.mark.parametrize("package", LEVELS)
@@ -108,7 +108,7 @@ def test_no_import_inside_a_package_runs_upward(package: str) -> None:
 
 def test_every_python_folder_is_listed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {str(p.parent.relative_to(ROOT)) for room in ROOMS for p in sources(room)}
+    folders = {str(p.parent.relative_to(ROOT)) for package in PACKAGES for p in sources(package)}
     assert set(settings["package-dir"].values()) == folders
     assert {"qlorag." + f.replace("/", ".") for f in folders} == set(settings["packages"])
     assert set(settings["package-dir"]) == set(settings["packages"])
@@ -116,14 +116,14 @@ def test_every_python_folder_is_listed() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow another distribution's `kernels`
 
 
-@pytest.mark.parametrize("room", [r for r in ROOMS if r != "recipes"])
-def test_a_room_can_be_lifted_out(room: str, tmp_path: Path) -> None:
-    """Copied with the rooms its row names into another package, a room imports there, without oracles or triton."""
+@pytest.mark.parametrize("package", [r for r in PACKAGES if r != "recipes"])
+def test_a_package_can_be_lifted_out(package: str, tmp_path: Path) -> None:
+    """Copied with the packages its row names into another package, a package imports there, without oracles or triton."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "__init__.py").touch()
-    for name in {room, *MAY_IMPORT[room]}:
+    for name in {package, *MAY_IMPORT[package]}:
         shutil.copytree(ROOT / name, tmp_path / "theirs" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    folders = {p.parent.relative_to(ROOT) for p in sources(room)}
+    folders = {p.parent.relative_to(ROOT) for p in sources(package)}
     modules = ["theirs." + str(f).replace("/", ".") for f in sorted(folders)]
     code = (
         f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n"
@@ -175,7 +175,9 @@ def test_every_dependency_is_imported_and_explained() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     declared = tomllib.loads(text)["project"]["dependencies"]
     names = {d.split(">")[0].split(";")[0].strip() for d in declared}
-    imported = {m.split(".")[0] for room in ROOMS for p in sources(room) for level, m, _ in imports(p) if not level}
+    imported = {
+        m.split(".")[0] for package in PACKAGES for p in sources(package) for level, m, _ in imports(p) if not level
+    }
     modules = {"pyyaml": "yaml"}
     assert {n for n in names if modules.get(n, n) not in imported} == set()
     for line in text.splitlines():

@@ -64,7 +64,7 @@ class Weight:
         return nf4.dequantize(self.q, dtype=narrow).to(dtype)
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """x -> x Wᵀ for few rows: in C prepared once, as quant.QuantizedLinear does, elsewhere as it comes."""
+        """x -> x Wᵀ for few rows: in C prepared once, as quant.QuantizedLinear does; on other backends unprepared."""
         prepared: Callable[[Tensor], Tensor] | None = nf4.prepare_matmul(self.q)
         return prepared or (lambda x: nf4.matmul(x, self.q))
 

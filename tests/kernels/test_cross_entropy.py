@@ -204,14 +204,14 @@ def test_what_does_not_fit(hidden: torch.Tensor, weight: torch.Tensor, labels: t
 
 
 def test_every_hand_written_backward_is_checked() -> None:
-    """Each autograd.Function of the rooms is named in a test file that runs gradcheck."""
+    """Each autograd.Function of the packages is named in a test file that runs gradcheck."""
     import re
 
     root = Path(__file__).parents[2]
     functions = {
         name
-        for room in ("kernels", "quant", "lora", "models")
-        for path in (root / room).rglob("*.py")
+        for package in ("kernels", "quant", "lora", "models")
+        for path in (root / package).rglob("*.py")
         for name in re.findall(r"class (\w+)\((?:torch\.)?autograd\.Function\)", path.read_text())
     }
     assert {"LinearCrossEntropy", "AddLoRAFunction"} <= functions

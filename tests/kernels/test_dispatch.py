@@ -73,7 +73,7 @@ def test_what_is_listed_is_what_can_be_named(no_gpu: None) -> None:
 
 
 def test_every_operation_follows_this_rule_or_lists_its_own() -> None:
-    """`available_backends` says triton and torch of whoever is named: so they must choose by this rule."""
+    """`available_backends` names triton and torch for these operations, so each must choose by this rule."""
     for folder in (path.parent for path in KERNELS.glob("*/reference.py")):
         ops = importlib.import_module(f"qlorag.kernels.{folder.name}.ops")
         if folder.name == "nf4":

@@ -81,7 +81,7 @@ def test_without_a_template_a_pair_is_joined_and_its_completion_labelled() -> No
     ("content", "ids"),
     [
         ("ab", [BOS, 97, 98, END]),
-        ("^ab", [BOS, 97, 98, END]),  # whoever formatted it began it already,
+        ("^ab", [BOS, 97, 98, END]),  # begun already by the program that formatted it,
         ("ab$", [BOS, 97, 98, END]),  # or ended it
         ("^ab$", [BOS, 97, 98, END]),
         ("a$b", [BOS, 97, END, 98, END]),

@@ -1,4 +1,4 @@
-"""The rules of the source: packages listed, arrows only downward, packages that can be lifted out, no oracle imported."""
+"""The rules of the source: packages listed, arrows only downward, folders that can be lifted out, no oracle used."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_every_python_folder_is_listed() -> None:
 
 @pytest.mark.parametrize("package", [r for r in PACKAGES if r != "recipes"])
 def test_a_package_can_be_lifted_out(package: str, tmp_path: Path) -> None:
-    """Copied with the packages its row names into another package, a package imports there, without oracles or triton."""
+    """Copied with those its row names into another package, a package imports there, without oracles or triton."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "__init__.py").touch()
     for name in {package, *MAY_IMPORT[package]}:

@@ -6,8 +6,8 @@ rendered once more with a private-use character in each word of each string that
 characters do not come out again is refused by name. Nothing of that rendering is encoded. Tags ("<think>") stay as
 they are and are not counted, since templates look for them and put them elsewhere.
 
-What counts as said: content, reasoning, the name and the arguments of tool calls, the names of tools. Ids and the name
-of a tool's answer are bookkeeping, which many templates leave out.
+What counts as said: content, reasoning, who speaks ("name"), the name and the arguments of tool calls, the names of
+tools. Ids and the name of a tool's answer are bookkeeping, which many templates leave out.
 
 The assistant's fields have to come out of the chat that ends with them, the others of what is rendered for the next
 answer: later on a template may drop them (Qwen3 drops earlier reasoning), and then each turn is an example of its own.
@@ -65,6 +65,16 @@ def check_printed(
                 "use a model whose template prints it"
             )
         done = i + 1
+
+
+def check_read(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
+    """Raise TemplateError if a variable holds something to print and the template never mentions its name."""
+    for name, value in variables.items():
+        if value and isinstance(value, (str, list, dict)) and not re.search(rf"\b{re.escape(name)}\b", template.source):
+            raise TemplateError(
+                f"{template.origin}: it does not read {name}, which would be lost without a word: leave that out, or "
+                "use a model whose template prints it"
+            )
 
 
 def printable_arguments(
@@ -150,7 +160,8 @@ class _Fields:
 
     def mark_message(self, i: int, message: Message) -> dict[str, Any]:
         changed = dict(message)
-        for key in ("content", *REASONING_KEYS):
+        speaker = () if message["role"] == "tool" else ("name",)
+        for key in ("content", *REASONING_KEYS, *speaker):
             if isinstance(message.get(key), str):
                 changed[key] = self._new(i, f"messages[{i}].{key}").marked(message[key])
         if message.get("tool_calls"):

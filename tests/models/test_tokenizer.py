@@ -728,6 +728,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ({"content": "", "tool_calls": [CALL]}, {}, r"messages\[1\]\.tool_calls"),
         ({"content": "yes", "reasoning_content": "because"}, {}, r"messages\[1\]\.reasoning_content"),
         ({"content": "yes", "thinking": "because"}, {}, r"messages\[1\]\.thinking"),
+        ({"content": "yes", "name": "bob"}, {}, r"messages\[1\]\.name"),
         ({"content": "yes"}, {"tools": [TOOL]}, r"tools\[0\]"),
     ],
 )

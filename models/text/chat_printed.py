@@ -1,12 +1,13 @@
 """Whether a chat template prints what the messages say.
 
 A template prints what it was written for and drops the rest without a word: SmolLM2's knows neither tools nor tool
-calls, and a row with them would teach an empty answer. So the chat is rendered once more with a private-use character
-at the end of each line of each string that a message says; the field whose characters do not come out again is
-refused by name. Nothing of that rendering is encoded.
+calls, and a row with them would teach an empty answer. Qwen3's drops what stands before "<think>". So the chat is
+rendered once more with a private-use character in each word of each string that a message says; the field whose
+characters do not come out again is refused by name. Nothing of that rendering is encoded. Tags ("<think>") stay as
+they are and are not counted, since templates look for them and put them elsewhere.
 
-What counts as said: content, reasoning, the name and the arguments of tool calls, the names of tools. Ids and the name
-of a tool's answer are bookkeeping, which many templates leave out.
+What counts as said: content, reasoning, who speaks ("name"), the name and the arguments of tool calls, the names of
+tools. Ids and the name of a tool's answer are bookkeeping, which many templates leave out.
 
 The assistant's fields have to come out of the chat that ends with them, the others of what is rendered for the next
 answer: later on a template may drop them (Qwen3 drops earlier reasoning), and then each turn is an example of its own.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +44,8 @@ def check_printed(
     tools = variables.get("tools")
     marked_tools = [fields.mark_tool(i, tool) for i, tool in enumerate(tools)] if tools else None
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    cuts = [cut for i in at for cut in ((i, True), (i + 1, False))] or [(len(messages), False)]
+    # Few templates render no messages: what is said before an assistant that speaks first is looked for in its turn.
+    cuts = [cut for i in at for cut in ((i or 1, i > 0), (i + 1, False))] or [(len(messages), False)]
     try:
         # Its own marks around special-token text are not needed: what this renders is only looked through.
         texts = encoder.render(template, marked, {**variables, "tools": marked_tools}, cuts=cuts, protect=False).texts
@@ -62,6 +65,16 @@ def check_printed(
                 "use a model whose template prints it"
             )
         done = i + 1
+
+
+def check_read(template: ChatTemplate, variables: Mapping[str, Any]) -> None:
+    """Raise TemplateError if a variable holds something to print and the template never mentions its name."""
+    for name, value in variables.items():
+        if value and isinstance(value, (str, list, dict)) and not re.search(rf"\b{re.escape(name)}\b", template.source):
+            raise TemplateError(
+                f"{template.origin}: it does not read {name}, which would be lost without a word: leave that out, or "
+                "use a model whose template prints it"
+            )
 
 
 def printable_arguments(
@@ -108,6 +121,9 @@ def _functions(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield inner
 
 
+_WORD = re.compile(r"(?P<tag></?\w+>)|(?:(?!</?\w+>)\S)+")
+
+
 class _Field:
     """One string that a message says, and the character that marks it."""
 
@@ -115,15 +131,16 @@ class _Field:
         self.name, self.mark, self.count = name, mark, 0
 
     def marked(self, text: str) -> str:
-        """`text` with the mark before the last character of each line that says something."""
-        lines = []
-        for line in text.split("\n"):
-            said = line.rstrip()
-            if said:
-                self.count += 1
-                line = said[:-1] + self.mark + said[-1] + line[len(said) :]
-            lines.append(line)
-        return "\n".join(lines)
+        """`text` with the mark before the last character of each word."""
+
+        def mark(match: re.Match[str]) -> str:
+            word = match[0]
+            if match["tag"]:
+                return word
+            self.count += 1
+            return word[:-1] + self.mark + word[-1]
+
+        return _WORD.sub(mark, text)
 
     def is_in(self, text: str) -> bool:
         """Whether every mark came out, written as it is or escaped as JSON."""
@@ -143,7 +160,8 @@ class _Fields:
 
     def mark_message(self, i: int, message: Message) -> dict[str, Any]:
         changed = dict(message)
-        for key in ("content", *REASONING_KEYS):
+        speaker = () if message["role"] == "tool" else ("name",)
+        for key in ("content", *REASONING_KEYS, *speaker):
             if isinstance(message.get(key), str):
                 changed[key] = self._new(i, f"messages[{i}].{key}").marked(message[key])
         if message.get("tool_calls"):

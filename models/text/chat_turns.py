@@ -9,8 +9,11 @@ For the assistant's message i the template is asked twice:
 - the generation prompt holds more than the header (DeepSeek-R1's ends with "<think>"): the turn begins at the last
   special token that both have;
 - the history itself differs (a template that looks at the last message): the turn is what follows the header in
-  `done`, put after `prompt`, which is what a model will see.
-A template with `{% generation %}` blocks says itself where the turns are, and its word is taken.
+  `done`, put after `prompt`, which is what a model will see. A template without a generation prompt (Mistral's, whose
+  system message stands in the last question alone) has no header: then it follows what is left of the history once
+  the part that `done` lacks is taken out of `prompt`.
+A chat that the assistant opens has no prompt: its first turn follows the first header of `done`, as a chat with a user
+shows that header. A template with `{% generation %}` blocks says itself where the turns are, and its word is taken.
 
 *End.* Just after the token that ends the turn, so that it is labelled and a newline after it is not. It is the last
 special token of `done` if only white space follows it; of several in a row ("<|end|>\n<|endoftext|>") the first at
@@ -72,7 +75,8 @@ def find_turns(
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     blocks = bool(GENERATION_TAG.search(template.source))
     cuts = [(len(messages), False)]
-    cuts += [cut for i in at for cut in ((i, False), (i, True), (i + 1, False))]
+    # Most templates cannot render no messages at all: for a chat that the assistant opens, nothing is asked of them.
+    cuts += [cut for i in at for cut in ((i or 1, False), (i or 1, i > 0), (i + 1, False))]
     chat = encoder.render(template, messages, variables, cuts=cuts, protect=protect, generation=blocks)
     finder = _Finder(encoder, template, chat, end_ids)
     if blocks:
@@ -84,7 +88,10 @@ def find_turns(
             )
         return chat, [finder.of_block(span, done) for span, done in zip(spans, chat.texts[3::3], strict=True)]
     parts = zip(at, chat.texts[1::3], chat.texts[2::3], chat.texts[3::3], strict=True)
-    return chat, [finder.of_message(messages[i], i, *texts) for i, *texts in parts]
+    return chat, [
+        finder.of_message(messages[i], i, *texts) if i else finder.of_opening(texts[-1], variables)
+        for i, *texts in parts
+    ]
 
 
 class _Finder:
@@ -106,15 +113,32 @@ class _Finder:
                 return rebuilt
             return self._closed(done, start)
         header = prompt[begins:]
-        found = done.rfind(header)
-        if not header or found < 0:
+        found = done.rfind(header) + len(header) if header in done else -1
+        if not header:
+            found = self._past_insertion(prompt, done, common)
+        if found < 0:
             raise TemplateError(
                 f"{self.template.origin}: messages[{i}] (assistant) cannot be told apart, because what comes before "
                 f"it renders differently with and without it, at {unmarked(done[common:][:30], self.chat.marks)!r} "
                 f"against {unmarked(prompt[common:][:30], self.chat.marks)!r}: put {{% generation %}} around the "
                 "assistant's text in the template"
             )
-        return self._closed(prompt + done[found + len(header) :], len(prompt))
+        return self._closed(prompt + done[found:], len(prompt))
+
+    def of_opening(self, done: str, variables: Mapping[str, Any]) -> Turn:
+        """The turn of an assistant that speaks first. done: the chat that ends with it."""
+        question = [{"role": "user", "content": "?"}]
+        cuts = [(1, False), (1, True)]
+        bare, prompt = self.encoder.render(self.template, question, variables, cuts=cuts, protect=False).texts
+        header = prompt[self._header(bare, prompt) :]
+        if header not in done:  # it opens the reasoning, too
+            header = header[: max((match.end() for match in self._specials(header, 0, len(header))), default=0)]
+        if not header or header not in done:
+            raise TemplateError(
+                f"{self.template.origin}: messages[0] (assistant) cannot be told from what the template writes around "
+                "it: begin the chat with a user's message, or with a system message"
+            )
+        return self._closed(done, done.index(header) + len(header))
 
     def of_block(self, span: Span, done: str) -> Turn:
         """The turn that a generation block of the whole chat holds. done: the chat that ends with it."""
@@ -166,6 +190,17 @@ class _Finder:
     def _end_text(self, turn: Turn) -> str | None:
         specials = list(self._specials(turn.text, turn.start, turn.end))
         return specials[-1].group() if turn.closed and specials else None
+
+    def _past_insertion(self, prompt: str, done: str, common: int) -> int:
+        """Where the turn begins in `done` if it is `prompt` without one part of it, and the turn; -1 if it is not.
+
+        common: how many characters both begin with. What follows the part has to hold a special token: a few
+        characters may be alike by chance.
+        """
+        last = max((match.start() for match in self._specials(prompt, common, len(prompt))), default=common)
+        begins = (begin for begin in range(common + 1, last + 1) if done.startswith(prompt[begin:], common))
+        begin = next(begins, None)
+        return -1 if begin is None else common + len(prompt) - begin
 
     def _header(self, bare: str, prompt: str) -> int:
         """Where the generation prompt begins in `prompt`: what it adds to `bare`, the same messages without it."""

@@ -35,6 +35,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from ..errors import TemplateError, TokenizerError
 from .chat import ChatEncoder, Message
 from .chat_labels import EndTokens, LabelledChat, label_chat
+from .chat_printed import check_read
 from .chat_template import ChatTemplates, load_templates
 from .tokenizer_files import (
     add_missing_tokens,
@@ -265,9 +266,11 @@ class Tokenizer:
         Raises TemplateError: also when the template does not print what a message says, or gives no way to tell an
         assistant's tokens or where its turn ends.
         """
+        template = self._templates.pick(tools=tools is not None)
+        check_read(template, variables)
         return label_chat(
             self._chat,
-            self._templates.pick(tools=tools is not None),
+            template,
             messages,
             {**self.special_tokens, "tools": tools, **variables},
             protect=not parse_special,

@@ -38,7 +38,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ...models.errors import ModelError
+from ...models.errors import ModelError, TemplateError
 from ...models.text.chat_labels import LabelledChat
 from ...models.text.tokenizer import Tokenizer
 from ..errors import DataError
@@ -205,6 +205,11 @@ def _tokenize(row: Row, tok: Tokenizer, variables: Mapping[str, Any]) -> list[La
         ids += [] if ids[-1:] == [_end(tok)] else [_end(tok)]
         return [LabelledChat(ids, [True] * len(ids), frozenset({_end(tok)}))]
     if row.kind == "completion" and not tok.has_chat_template:
+        if len(row.messages) > 2 or row.tools or row.variables:
+            raise TemplateError(
+                "system, tools or chat_template_kwargs beside prompt and completion, and the model has no chat "
+                "template that could write them: leave them out, or write the system message into the prompt"
+            )
         prompt, completion = (message["content"] for message in row.messages)
         before = tok.encode(prompt, add_special=True)
         after = [*tok.encode(completion), _end(tok)]

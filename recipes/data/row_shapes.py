@@ -46,11 +46,23 @@ MESSAGE_KEYS = (
 # Of an unknown key, what it means where it is known: what a user should do about it.
 MEANINGS = {
     "label": "it says whether an answer is good (KTO) or which class a text has, and this objective learns neither",
-    "chosen": "it belongs to a preference row",
+    "chosen": "it belongs to a preference row; to learn it alone, write it as completion",
     "rejected": "it is the worse answer of a preference row, which this objective does not learn",
-    "instruction": "it belongs to an Alpaca row",
+    "instruction": "it belongs to an Alpaca or Dolly row: write it, with its input or context, as prompt",
     "function_call": "it is OpenAI's old form: write tool_calls",
     "functions": "it is OpenAI's old form: write tools",
+    "refusal": "it is an answer beside the content: write it as content",
+    "preferred_output": "it belongs to a preference row",
+    "images": "images are not read",
+}
+# Of speakers of other formats, which role says it here.
+SPEAKERS = {
+    "function_call": 'LLaMA-Factory\'s: write role "assistant" with tool_calls',
+    "observation": 'LLaMA-Factory\'s: write "tool"',
+    "function": 'OpenAI\'s old form: write "tool"',
+    "model": 'Gemini\'s: write "assistant"',
+    "bot": 'write "assistant"',
+    "prompter": 'OpenAssistant\'s: write "user"',
 }
 
 
@@ -83,14 +95,22 @@ def fields_of(row: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[s
     if "prompt" in row or "completion" in row:
         shapes.append("prompt/completion")
     if not shapes:
-        raise Fault(f"its keys are {', '.join(map(repr, row)) or 'none'}, wanted {SHAPES}")
+        raise Fault(
+            f"its keys are {', '.join(map(repr, row)) or 'none'}, wanted {SHAPES}: "
+            + (_meanings(row) or "convert the rows; prompt is what is asked, completion is what is to be learned")
+        )
     if len(shapes) > 1:
-        raise Fault(f"it has {' and '.join(shapes)}, which are different shapes of a row: keep one")
+        other = next(key for key in ("prompt", "completion", "text", "conversations") if key in row)
+        raise Fault(
+            f"it has {' and '.join(shapes)}, which are different shapes of a row: keep one, as with "
+            f"--ignore-keys {other}"
+        )
     shape = shapes[0]
     if shape == "prompt/completion":
         for key in ("prompt", "completion"):
             if key not in row:
-                raise Fault(f'"{key}" is missing, its keys are {", ".join(map(repr, row))}: add it')
+                keys = ", ".join(map(repr, row))
+                raise Fault(f'"{key}" is missing, its keys are {keys}: {_meanings(row) or "add it"}')
     _refuse_unknown(row, KEYS[shape], "", shape)
     if shape == "text":
         return {"kind": "text", "text": _string(row["text"], "text", empty=False)}
@@ -123,6 +143,11 @@ def _refuse_unknown(value: Mapping[str, Any], known: Collection[str], where: str
             f'key "{where}{key}" is not known in {shape}{meaning}; known are {", ".join(known)}: '
             f"mend it, or name it in --ignore-keys"
         )
+
+
+def _meanings(row: Mapping[str, Any]) -> str:
+    """What the keys of a row of no accepted shape say about it."""
+    return "; ".join(f'"{key}": {MEANINGS[key]}' for key in row if key in MEANINGS)
 
 
 def _is_empty(value: Any) -> bool:
@@ -164,7 +189,10 @@ def _message(value: Any, where: str, ignore: Collection[str]) -> dict[str, Any]:
     speaker, content = _one_of(value, ("role", "from"), where), _one_of(value, ("content", "value"), where)
     role = ROLES.get(value[speaker]) if isinstance(value[speaker], str) else None
     if role is None:
-        raise Fault(f"{where}.{speaker} is {value[speaker]!r:.60}, wanted one of {', '.join(ROLES)}")
+        hint = SPEAKERS.get(str(value[speaker]), "")
+        raise Fault(
+            f"{where}.{speaker} is {value[speaker]!r:.60}, wanted one of {', '.join(ROLES)}{hint and ': '}{hint}"
+        )
     names = [key for key in MESSAGE_KEYS if key not in (speaker, content, "train") and not _is_empty(value.get(key))]
     others = {key: value[key] for key in names}
     message = {"role": role, "content": value.get(content), **others}

@@ -622,6 +622,42 @@ VICUNA = (
     "{% for m in messages %}{{ ('USER:\n' if m.role == 'user' else 'ASSISTANT:\n') + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}"
 )
+LAST_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}{{ '<|im_start|>' }}"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>' }}{% else %}{{ ' ' + m.content + '<|endoftext|>' }}{% endif %}{% endfor %}"
+)  # the form of Mistral v0.3's: the system message stands in the last question, and there is no generation prompt
+
+
+@pytest.mark.parametrize("system", ["be brief", "hello, be brief"])  # the second begins as the question does
+def test_a_system_message_that_moves_to_the_last_question(folder: Path, tmp_path: Path, system: str) -> None:
+    tok = with_template(folder, tmp_path, LAST_SYSTEM)
+    chat = [{"role": "system", "content": system}, *CHAT]
+    assert examples(tok, chat) == [[" the quick answer<|endoftext|>"], [" naïve 🙂🙂\n\nend<|endoftext|>"]]
+    for example, end in zip(tok.chat_examples(chat), (2, 4), strict=True):
+        assert example.ids[: example.mask.index(True)] == tok.chat(chat[:end])
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content[:0] }}" + CHATML, QWEN3, R1, VICUNA])
+def test_a_chat_that_the_assistant_opens(folder: Path, tmp_path: Path, template: str) -> None:
+    """Rows of ShareGPT begin with a greeting; most templates cannot render the messages before it: there are none."""
+    tok = with_template(folder, tmp_path, template)
+    chat = [{"role": "assistant", "content": "welcome"}, *CHAT[:2]]
+    [first, *_] = [text for example in examples(tok, chat) for text in example]
+    assert first.startswith("<think>" if template is QWEN3 else "welcome")
+    with_template(folder, tmp_path, "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}")
+    with pytest.raises(TemplateError, match=r"messages\[0\] \(assistant\) cannot be told .*begin the chat with a user"):
+        load_tokenizer(tmp_path).chat_examples(chat)
+
+
+@pytest.mark.parametrize("content", ["use the <think> tag", "one two\nthree <think>\nfour"])
+def test_words_that_a_template_drops_are_missed(folder: Path, tmp_path: Path, content: str) -> None:
+    """Qwen3's prints what stands between the last "<think>" and "</think>" as reasoning, and not what is before it."""
+    tok = with_template(folder, tmp_path, CHATML.replace("m.content", "m.content.split('<think>')[-1]"))
+    with pytest.raises(TemplateError, match=r"does not print messages\[1\]\.content"):
+        tok.chat_examples([CHAT[0], {"role": "assistant", "content": content}])
+    whole = {"role": "assistant", "content": "<think>\nfour"}
+    assert examples(tok, [CHAT[0], whole]) == [["\nfour<|im_end|>"]]
 
 
 def test_a_turn_that_nothing_closes_gets_an_end_token(folder: Path, tmp_path: Path) -> None:
@@ -683,6 +719,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ({"content": "", "tool_calls": [CALL]}, {}, r"messages\[1\]\.tool_calls"),
         ({"content": "yes", "reasoning_content": "because"}, {}, r"messages\[1\]\.reasoning_content"),
         ({"content": "yes", "thinking": "because"}, {}, r"messages\[1\]\.thinking"),
+        ({"content": "yes", "name": "bob"}, {}, r"messages\[1\]\.name"),
         ({"content": "yes"}, {"tools": [TOOL]}, r"tools\[0\]"),
     ],
 )

@@ -266,6 +266,39 @@ def test_a_key_that_could_change_the_meaning_is_refused_by_name(tmp_path: Path, 
         one(tmp_path, row)
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"instruction": "i", "input": "", "output": "o"}, "Alpaca or Dolly row: write it, .* as prompt"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference row; to learn it alone, write it as completion"),
+        ({"chosen": "a", "rejected": "b"}, "preference row; to learn it alone, write it as completion"),
+        ({"prompt": "q", "response": "a"}, '"completion" is missing, .*: add it'),
+        ({"question": "q", "answer": "a"}, "convert the rows; prompt is what is asked"),
+        ({"prompt": "q", "messages": TURNS}, "keep one, as with --ignore-keys prompt"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, 'LLaMA-Factory.*"assistant" with tool_calls'),
+        ({"messages": [{"role": "model", "content": "a"}]}, 'Gemini\'s: write "assistant"'),
+    ],
+)
+def test_a_row_of_another_format_is_told_what_to_do(tmp_path: Path, row: Any, advice: str) -> None:
+    with pytest.raises(DataError, match=advice):
+        one(tmp_path, row)
+
+
+def test_what_only_a_template_can_write_is_not_dropped_without_one(tmp_path: Path, base: Tokenizer) -> None:
+    pair = {"prompt": "q", "completion": "a"}
+    for more in ({"system": "s"}, {"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"enable_thinking": True}}):
+        rows = [one(tmp_path, {**pair, **more})]
+        with pytest.raises(DataError, match=r"jsonl:1: system, tools or chat_template_kwargs beside prompt"):
+            tokenize_rows(rows, base, max_tokens=64)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path: Path, tok: Tokenizer) -> None:
+    row = {"messages": TURNS, "chat_template_kwargs": {"custom_instructions": "be brief", "enable_thinking": True}}
+    rows = [one(tmp_path, row)]
+    with pytest.raises(DataError, match=r"it does not read custom_instructions, which would be lost"):
+        tokenize_rows(rows, tok, max_tokens=64)
+
+
 def test_keys_that_change_nothing_pass(tmp_path: Path) -> None:
     extra = {"id": 7, "source": "wiki", "label": None, "rejected": [], "functions": {}, "meta": {"label": 1}}
     assert one(tmp_path, {**PAIR, **extra}).messages == tuple(TURNS)

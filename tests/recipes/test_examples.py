@@ -135,7 +135,7 @@ def test_rows_at_the_token_limit() -> None:
         tokenize_rows([row], Characters(), max_tokens=2)
     assert str(error.value) == (
         "d.jsonl: no row can be trained on (0 of 1 rows, 0 tokens, 0 of them labelled; 1 dropped: nothing to learn "
-        "within the token limit (first d.jsonl:1)): mend them or raise max_tokens"
+        "within the token limit (first d.jsonl:1)): raise --max-seq-length"
     )
     with pytest.raises(DataError) as error:
         tokenize_rows([row], Characters(), max_tokens=1)

@@ -55,13 +55,10 @@ from .sqlite.database import (
     check_nothing_lost,
     create_database,
     exists,
-    identity,
-    open_database,
     record_change,
-    signature,
-    transaction,
 )
 from .sqlite.locking import WriterLock
+from .sqlite.open_file import OpenFile
 from .sqlite.records import AddReport, Hit, Stats
 from .sqlite.upgrade import upgrade
 
@@ -98,7 +95,7 @@ class Store:
         self._dim = dim  # as the caller says; what is stored counts more
         self._searcher: Searcher | None = None
         self._closed = False
-        self._connect()
+        self._open_file = OpenFile(self._file, read_only=lock is None)
 
     @classmethod
     def open(
@@ -169,7 +166,7 @@ class Store:
             store._check_settings(embedder_id=embedder_id, dim=dim, chunk_size=chunk_size, chunk_overlap=chunk_overlap)
             if embedder is not None and lock is not None:
                 store._check_settings(counter=name_of(counter))
-                check_window(int(store._meta["chunk_size"]), window)
+                check_window(int(store._open_file.meta["chunk_size"]), window)
         except BaseException:  # ctrl-C too: the lock must not stay held
             store.close()
             raise
@@ -179,7 +176,7 @@ class Store:
         """Close the files and let the next writer in. A second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._db.close()
+            self._open_file.close()
             if self._lock is not None:
                 self._lock.release()
 
@@ -221,10 +218,10 @@ class Store:
     def delete(self, uri: str) -> bool:
         """Remove a document with its chunks and vectors; False if there is none of that name."""
         self._check_writable()
-        with self._writing():
-            deleted = records.delete_document(self._db, uri)
+        with self._open_file.writing():
+            deleted = records.delete_document(self._open_file.db, uri)
             if deleted:
-                record_change(self._db)
+                record_change(self._open_file.db)
         return deleted
 
     def search(self, query: str, *, k: int = 5, score_threshold: float | None = None) -> list[Hit]:
@@ -237,7 +234,7 @@ class Store:
             raise QueryError("empty query: ask something")
         _check_limits(k, score_threshold)
         with self._reading():
-            dim = records.read_dim(self._db)
+            dim = records.read_dim(self._open_file.db)
         if dim is None:  # nothing was ever stored
             return []
         answer = self._require_embedder()([query])
@@ -250,30 +247,30 @@ class Store:
         """As `search`, for a query that is a vector already: [D], of any length but zero."""
         _check_limits(k, score_threshold)
         with self._reading():
-            dim = records.read_dim(self._db)
+            dim = records.read_dim(self._open_file.db)
             if dim is None:
                 return []
             query = check_vectors([vector], count=1, dim=dim, what="query")[0].astype(np.float64)
             searcher = self._searcher_for(dim)
-            build = self._lock is not None and searcher.wants_build(self._db)
+            build = self._lock is not None and searcher.wants_build(self._open_file.db)
         if build:
             self.build_index()
         with self._reading():
-            found = searcher.top_k(self._db, query / np.linalg.norm(query), k)
+            found = searcher.top_k(self._open_file.db, query / np.linalg.norm(query), k)
             if score_threshold is not None:
                 found = [(chunk_id, score) for chunk_id, score in found if score >= score_threshold]
-            return records.load_hits(self._db, found)
+            return records.load_hits(self._open_file.db, found)
 
     def build_index(self) -> None:
         """Build and publish the HNSW index now, not in the first search that needs it. Uses all cores."""
         self._check_writable()
         with self._reading():
-            dim = records.read_dim(self._db)
+            dim = records.read_dim(self._open_file.db)
             if dim is None:
                 return
-            sha256 = self._searcher_for(dim).build(self._db)
-        with self._writing():
-            record_change(self._db, index_sha256=sha256)
+            sha256 = self._searcher_for(dim).build(self._open_file.db)
+        with self._open_file.writing():
+            record_change(self._open_file.db, index_sha256=sha256)
         self._searcher_for(dim).published()
 
     def __len__(self) -> int:
@@ -283,42 +280,42 @@ class Store:
     def uris(self) -> list[str]:
         """The documents' names, sorted."""
         with self._reading():
-            return records.read_uris(self._db)
+            return records.read_uris(self._open_file.db)
 
     def get(self, uri: str) -> Document | None:
         """A stored document, or None."""
         with self._reading():
-            return records.load_document(self._db, uri)
+            return records.load_document(self._open_file.db, uri)
 
     def stats(self) -> Stats:
         """What the store holds and how it was made."""
         with self._reading():
             files = (entry for entry in self._folder.iterdir() if entry.is_file())
-            return records.read_stats(self._db, sum(entry.stat().st_size for entry in files))
+            return records.read_stats(self._open_file.db, sum(entry.stat().st_size for entry in files))
 
     def _is_stored(self, document: Document) -> bool:
         with self._reading():
-            return records.read_sha256(self._db, document.uri) == document.sha256
+            return records.read_sha256(self._open_file.db, document.uri) == document.sha256
 
     def _split(self, text: str) -> list[Chunk]:
-        size, overlap = int(self._meta["chunk_size"]), int(self._meta["chunk_overlap"])
+        size, overlap = int(self._open_file.meta["chunk_size"]), int(self._open_file.meta["chunk_overlap"])
         return split_text(text, size=size, overlap=overlap, count_tokens=self._count_tokens)
 
     def _embed(self, group: list[Prepared]) -> Float32:
         with self._reading():
-            dim = records.read_dim(self._db)
+            dim = records.read_dim(self._open_file.db)
         return embed_group(self._require_embedder(), group, dim=dim or self._dim)
 
     def _commit(self, prepared: Prepared, vectors: Float32) -> str:
         """One transaction: the document as it is now, or nothing of it. Returns the key to count it under."""
         document, metadata, chunks = prepared
-        with self._writing():
+        with self._open_file.writing():
             if chunks is None:
-                if records.write_metadata(self._db, document.uri, metadata):
-                    record_change(self._db)
+                if records.write_metadata(self._open_file.db, document.uri, metadata):
+                    record_change(self._open_file.db)
                 return "unchanged"
-            replaced = records.write_document(self._db, document, metadata, chunks, vectors)
-            record_change(self._db, **({"dim": str(vectors.shape[1])} if chunks else {}))
+            replaced = records.write_document(self._open_file.db, document, metadata, chunks, vectors)
+            record_change(self._open_file.db, **({"dim": str(vectors.shape[1])} if chunks else {}))
         return "replaced" if replaced else "added"
 
     def _require_embedder(self) -> Embedder:
@@ -336,42 +333,12 @@ class Store:
         """A consistent snapshot for the statements inside."""
         if self._closed:
             raise StoreError(f"{self._folder}: the store is closed: open it again")
-        if self._lock is None:
-            changed = self._immutable and signature(self._file) != self._signature  # its owner wrote to it meanwhile
-            if changed or (self._is_another() and identity(self._file) is not None):
-                self._reconnect()
-        self._check_there()
-        with transaction(self._db, "DEFERRED", self._file):
+        wanted = self._open_file.meta["embedder_id"]
+        if self._open_file.follow():  # a reader's file was replaced
+            self._searcher = None
+            self._check_settings(embedder_id=wanted)
+        with self._open_file.reading():
             yield
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One durable transaction. Raises StoreError if the file that holds it is not the store's any more."""
-        self._check_there()
-        with transaction(self._db, "IMMEDIATE", self._file):
-            yield
-            self._check_there()  # before COMMIT: nothing is acknowledged that another file will not have
-
-    def _is_another(self) -> bool:
-        return identity(self._file) != self._identity
-
-    def _check_there(self) -> None:
-        """Raise StoreError if the file was removed or replaced while it was open."""
-        if self._is_another():
-            what = "removed" if identity(self._file) is None else "replaced by another file"
-            raise StoreError(f"{self._file}: {what} while this store had it open: close the store and open it again")
-
-    def _reconnect(self) -> None:
-        """The file that is there now; it must hold vectors of the same embedder."""
-        wanted = self._meta["embedder_id"]
-        self._db.close()
-        self._connect()
-        self._searcher = None
-        self._check_settings(embedder_id=wanted)
-
-    def _connect(self) -> None:
-        self._signature, self._identity = signature(self._file), identity(self._file)
-        self._db, self._meta, self._immutable = open_database(self._file, read_only=self._lock is None)
 
     def _check_writable(self) -> None:
         if self._closed:
@@ -384,7 +351,7 @@ class Store:
         nothing.
         """
         for name, value in wanted.items():
-            stored = self._meta[name]
+            stored = self._open_file.meta[name]
             if value is not None and stored and str(value) != stored and stored != UNKNOWN:
                 raise EmbedderMismatchError(
                     f"{self._file}: {name}={stored} in the store, {value} given: "

@@ -118,7 +118,9 @@ def open_database(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, d
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("BEGIN")  # one snapshot: a writer may commit between the counts and what they should be
             meta = _check_contents(path, connection)
+            connection.execute("COMMIT")
         except BaseException:  # ctrl-C too: the file must not stay open
             connection.close()
             raise

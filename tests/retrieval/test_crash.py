@@ -85,7 +85,7 @@ def open_(path, **options) -> Store:
 
 def check_whole(store: Store) -> None:
     """Every document has all its chunks, each chunk its vector, and finds itself."""
-    db = store._db
+    db = store._open_file.db
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert db.execute("PRAGMA foreign_key_check").fetchall() == []
     assert db.execute(

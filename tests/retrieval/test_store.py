@@ -535,7 +535,7 @@ def test_rows_that_contradict_each_other(open_store, tmp_path, statement, messag
 def test_disk_full_keeps_what_was_there(open_store, tmp_path):
     with open_store() as store:
         store.add([PARIS])
-        store._db.execute("PRAGMA max_page_count = 20")  # SQLite answers as it does on a full disk
+        store._open_file.db.execute("PRAGMA max_page_count = 20")  # SQLite answers as it does on a full disk
         with pytest.raises(StoreError, match=r"store\.sqlite3: database or disk is full: free some space"):
             store.add([Document("big", "word " * 50_000)])
         assert store.uris() == [PARIS.uri] and store.search("Paris")[0].uri == PARIS.uri
@@ -565,7 +565,7 @@ def test_stats_and_schema_are_what_they_say(open_store, tmp_path):
 def test_commits_are_durable(open_store):
     """synchronous = FULL (2): a commit is on the disk, not only in the kernel, when it returns."""
     with open_store() as store:
-        assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert store._open_file.db.execute("PRAGMA synchronous").fetchone() == (2,)
         assert isinstance(store, Store)
 
 

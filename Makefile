@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # right. A worker needs about 2 GB. tests/README.md says what runs where.
 WORKERS ?= 2
 test test-fast test-isa test-deep: export OMP_NUM_THREADS ?= 1
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ISA ?= avx2
 
 .PHONY: demo test test-fast test-isa test-deep mutants bench lint typecheck format clean

@@ -6,10 +6,7 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 # Before any test imports a Hugging Face library: nothing here may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +19,6 @@ import pytest
 # Whether a Triton kernel is compiled or interpreted is decided at import, so each kind has a process of its own:
 # `make test` starts both.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
-
 
 NO_COMPILER = None if shutil.which(CC := shlex.split(os.environ.get("CC") or "cc")[0]) else f"no C compiler: {CC}"
 OF_C = {"build_driver", "isa", "level", "matrix_unit"}  # fixtures that run what was compiled
@@ -37,26 +33,9 @@ def pytest_runtest_setup(item: pytest.Function) -> None:
         pytest.skip(NO_COMPILER)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker of pytest-xdist takes whole files, whose fixtures are then made once, or whole groups of tests.
-
-    The groups come first: what takes longest should not begin last.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "demo")
-
-
-@pytest.fixture(scope="session")
-def demo(smollm2_dir: Path, minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """What `qlorag demo --json` said, and its folder: the one training of a real model, for the xdist_group "demo"."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    command = [sys.executable, "-m", "qlorag.recipes.cli", "demo", "--out", str(folder), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout), folder
+    """A worker of pytest-xdist takes whole files in this order: what takes longest begins first."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,11 @@ import ast
 import io
 import itertools
 import json
-import os
 import re
-import shlex
-import shutil
-import signal
 import subprocess
 import sys
-import time
 import tokenize
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -134,64 +128,6 @@ def test_a_wrong_output_is_found(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         assert bool(wrong(code, run_python(code, folder))) == (code in left_out), code
-
-
-def commands(script: str) -> list[list[str]]:
-    lines = re.split(r"\n(?!\s)", script.replace("\\\n", " ").strip())
-    return [shlex.split(line) for line in lines if line.strip()]
-
-
-@pytest.mark.model
-@pytest.mark.xdist_group("demo")
-def test_the_readme_s_commands_run_as_written(demo: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
-    """Each of them; but the training is stopped once it is seen to be the demo's, whose adapter takes its place."""
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    (script,) = blocks(Path("README.md"), "bash")
-    said: list[tuple[str, str]] = []
-    for command in commands(script):
-        if command[1] == "train":
-            begins_as_the_demo(command, tmp_path, env, demo[1] / "adapter")
-            said.append(("train", ""))
-            continue
-        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, (command, run.stderr[-2000:])
-        said.append((command[1], run.stdout))
-    verbs = ["pull", "inspect", "train", "evaluate", "generate", "fuse", "generate", "index", "search", "ask"]
-    assert [verb for verb, _ in said] == verbs
-    answers = [out.split("\n==========\n")[0] for verb, out in said if verb == "generate"]
-    assert answers == ["A software developer from Cyprus"] * 2
-
-
-def begins_as_the_demo(command: list[str], folder: Path, env: dict[str, str], trained: Path) -> None:
-    """Two steps of a training whose settings, data and losses are those of `trained`, which then takes its place."""
-    adapter = folder / command[command.index("--adapter-path") + 1]
-    metrics = adapter / "metrics.jsonl"
-    process = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"train"') >= 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGINT, output[-2000:]
-    assert recorded(adapter) == recorded(trained)
-    began, whole = losses(metrics), losses(trained / "metrics.jsonl")
-    assert len(began) >= 3 and began == whole[: len(began)]
-    shutil.rmtree(adapter)
-    shutil.copytree(trained, adapter)
-
-
-def recorded(adapter: Path) -> dict[str, Any]:
-    """The settings in the newest checkpoint, which a run that is resumed must have too."""
-    (*_, newest) = sorted((adapter / "checkpoints").iterdir())
-    settings: dict[str, Any] = json.loads((newest / "trainer.json").read_text())["settings"]
-    return settings
-
-
-def losses(metrics: Path) -> list[tuple[str, int, float]]:
-    events = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [(event["event"], event["step"], event["loss"]) for event in events]
 
 
 def test_the_tables_say_what_the_files_say() -> None:

@@ -203,6 +203,7 @@ def test_quantize_equals_bitsandbytes(block_size, kind, dtype, backend):
         assert torch.equal(q.nested.offset, double.offset)
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 @pytest.mark.parametrize("backend", ["reference", "c"])
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -468,6 +468,7 @@ def test_products_refuse_a_weight_that_is_no_matrix(shape):
             call()
 
 
+@pytest.mark.compiler
 def test_a_forward_derivative_is_refused():
     w, x = packed_weight(5, 64), torch.ones(1, 64)
     with forward_ad.dual_level():

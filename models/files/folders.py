@@ -36,14 +36,26 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What fails in the block names `path`, where the operating system names no file: a write to a full disk."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.filename is None:
+            fault.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends without an exception, that file becomes `path`."""
     building = beside(path, str(os.getpid()))
     try:
-        yield building
-        fsync(building)
-        building.replace(path)
-        fsync(path.parent)
+        with naming(path):
+            yield building
+            fsync(building)
+            building.replace(path)
+            fsync(path.parent)
     except BaseException:  # ctrl-C too: nothing half-made stays behind
         building.unlink(missing_ok=True)
         raise
@@ -61,10 +73,11 @@ def new_folder(folder: Path, *, resume: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(exist_ok=resume)
     try:
-        yield work
-        _settle(work)
-        work.rename(folder)
-        fsync(folder.parent)
+        with naming(folder):
+            yield work
+            _settle(work)
+            work.rename(folder)
+            fsync(folder.parent)
     except BaseException:  # ctrl-C too: nothing half-made stays behind
         if not resume:
             shutil.rmtree(work, ignore_errors=True)

@@ -22,6 +22,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -250,7 +251,10 @@ def _write_weights(
             done += 1
             if progress:
                 progress(done, len(targets))
-        save_file(tensors, out / f"model{part}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, out / f"model{part}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as fault:  # its own type, also for a full disk
+            raise WeightsError(f"{out}: the weights cannot be written ({fault})") from None
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(out / "model.safetensors.index.json", index)

@@ -83,7 +83,7 @@ class VerbParser(argparse.ArgumentParser):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """What a mistyped name may have meant, for an error message."""
-    close = difflib.get_close_matches(name, list(known), n=2)
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
@@ -154,7 +154,9 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     try:
         Sampling(**options)
     except ValueError as fault:
-        raise UsageError(f"--{str(fault).replace('_', '-', 1)}") from None
+        name, _, rest = str(fault).partition("=")
+        flag = "temp" if name == "temperature" else name.replace("_", "-")
+        raise UsageError(f"--{flag}={rest}") from None
     return {**options, "stop": args.stop, "max_tokens": args.max_tokens}
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+from collections import deque
 from collections.abc import Iterator
+from statistics import mean, median
 
 from rich.progress import Progress, TaskID, TextColumn
 
 from ..training.observer import RunObserver, RunResult, RunStart
 from ..training.trainer import StepReport, perplexity
 from .display import Display, count, size
+
+LEAST_STEPS, LAST_STEPS = 5, 10  # a collapse is told from at least and at most so many steps
+NO_GRADIENT = 1e-3  # a norm that moves nothing
+LEARNED = 0.1  # nats: below this a vanishing gradient is what success looks like
 
 
 class TrainingProgress(RunObserver):
@@ -19,9 +26,13 @@ class TrainingProgress(RunObserver):
     def __init__(self, display: Display) -> None:
         self._display = display
         self._bar: tuple[Progress, TaskID] | None = None
+        self._vocab_size = 0
+        self._first_loss: float | None = None
+        self._last: deque[StepReport] = deque(maxlen=LAST_STEPS)
 
     def started(self, start: RunStart) -> None:
         """Says what is trained on what."""
+        self._vocab_size = start.vocab_size
         if start.step:
             self._display.say(f"going on after step {start.step}")
         self._display.say(
@@ -43,6 +54,9 @@ class TrainingProgress(RunObserver):
 
     def stepped(self, report: StepReport) -> None:
         """Moves the bar."""
+        if not report.skipped:
+            self._first_loss = report.loss if self._first_loss is None else self._first_loss
+            self._last.append(report)
         if self._bar is not None:
             progress, task = self._bar
             rate = f"{report.tokens_per_second:.0f}"
@@ -66,7 +80,13 @@ class TrainingProgress(RunObserver):
         print("\nstopping after this step (again to stop at once)", file=sys.stderr)
 
     def ended(self, result: RunResult) -> None:
-        """Says where everything is, and how to go on."""
+        """Says where everything is, and how to go on; or that the run came to nothing."""
+        if why := self._collapse():
+            self._display.say(
+                f"this run collapsed: {why}. What it saved is of no use: train again with a lower --learning-rate "
+                "(1e-4 is usual for LoRA) and some --warmup",
+                style="yellow",
+            )
         if result.stopped_by is None:
             self._display.say(f"adapter in {result.adapter_path}, losses in {result.adapter_path / 'loss.png'}")
             return
@@ -74,3 +94,15 @@ class TrainingProgress(RunObserver):
             f"stopped after step {result.steps} of {result.iters}; the adapter so far is in {result.checkpoint}. "
             "To go on: the same command with --resume"
         )
+
+    def _collapse(self) -> str:
+        """How the last steps show that nothing was learned; "" if they do not."""
+        if self._first_loss is None or len(self._last) < LEAST_STEPS:
+            return ""
+        loss, norm = mean(r.loss for r in self._last), median(r.grad_norm for r in self._last)
+        if loss > self._first_loss + 1:
+            guess = f"; a guess among all {self._vocab_size} tokens has {math.log(self._vocab_size):.1f}"
+            return f"the loss rose from {self._first_loss:.1f} to {loss:.1f}{guess}"
+        if norm < NO_GRADIENT and loss > max(LEARNED, self._first_loss / 2):
+            return f"the gradient is {norm:.0e} while the loss is still {loss:.1f}, so no step changes anything"
+        return ""

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ...lora import AdapterInfo, adapter_info, load_adapter
+from ...lora import AdapterError, AdapterInfo, adapter_info, load_adapter
 from ...models import Decoder, Tokenizer, load_model, load_tokenizer
+from ...models.files.load import QUANTIZE_KINDS
 from ...quant import QuantizedLinear
 from ..errors import UsageError
 from .end_tokens import read_end_ids
@@ -50,8 +51,7 @@ def assemble(
     doubt = ""
     options: dict[str, object] = {}
     if quantize is None and info is not None and info.quantize:
-        quantize = info.quantize["kind"]
-        options = {k: v for k, v in info.quantize.items() if k != "kind"}
+        quantize, options = _recorded(info.quantize, str(adapter_path))
     kind = None if quantize in (None, "none") else quantize
     model = load_model(folder, quantize=kind, dtype=pick_dtype(dtype), **options)  # type: ignore[arg-type]
     held = sorted({m.kind for m in model.modules() if isinstance(m, QuantizedLinear)})  # asked for, or stored so
@@ -63,6 +63,21 @@ def assemble(
         tok = tok.stopping_at(read_end_ids(Path(adapter_path)))
     model.eval()
     return LoadedModel(model, tok, folder, "+".join(held) or None, doubt)
+
+
+def _recorded(quantize: dict[str, object], adapter_path: str) -> tuple[str, dict[str, object]]:
+    """How the adapter's file says that its base was quantized: the kind, and the options of `load_model`.
+
+    Raises AdapterError: it says something else.
+    """
+    kinds = {"kind": str, "block_size": int, "double_quant": bool}
+    if quantize.get("kind") not in QUANTIZE_KINDS or any(type(v) is not kinds.get(k) for k, v in quantize.items()):
+        raise AdapterError(
+            f"{adapter_path}: it records a base quantized with {quantize}, wanted kind "
+            f"({' or '.join(QUANTIZE_KINDS)}), "
+            "block_size and double_quant: say --quantize yourself"
+        )
+    return str(quantize["kind"]), {k: v for k, v in quantize.items() if k != "kind"}
 
 
 def _doubt(adapter: AdapterInfo, name: str, folder: Path) -> str:

@@ -78,8 +78,18 @@ def inspect_folder(name: str, *, quantize: str | None = None, model: str | None 
     """What `name` is: a folder, a .jsonl file, or the name of a model that `pull` knows.
 
     quantize: also load a model in 4 bits and measure it.  model: whose tokenizer counts the tokens of data.
-    Raises UsageError: it is none of them; and the errors of their readers.
+    Raises UsageError: it is none of them, or not what `quantize` or `model` is for; and the errors of their readers.
     """
+    facts = _facts(name, quantize=quantize, model=model)
+    if quantize and not (isinstance(facts, ModelFacts) and facts.config is not None):
+        kind = f"a model of type {facts.model_type}" if isinstance(facts, ModelFacts) else "no model"
+        raise UsageError(f"--quantize {quantize}: {name} is {kind}, and only a decoder is put in 4 bits: leave it out")
+    if model and not isinstance(facts, DataFacts):
+        raise UsageError(f"--model {model}: {name} holds no rows whose tokens could be counted: leave it out")
+    return facts
+
+
+def _facts(name: str, *, quantize: str | None, model: str | None) -> Facts:
     path = Path(name)
     if path.suffix == ".jsonl" and path.is_file():
         return _data(path, model)

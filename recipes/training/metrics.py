@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...models.files.folders import new_file
+from ...models.files.folders import naming, new_file
 from .trainer import StepReport
 
 
@@ -30,8 +30,9 @@ class MetricsLog:
 
     def add(self, event: str, **values: Any) -> None:
         """Writes one event."""
-        self._file.write(json.dumps({"event": event, **values}) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

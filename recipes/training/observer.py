@@ -18,6 +18,7 @@ class RunStart:
     quantize:  the base's 4-bit kind, None for a dense base.  layers: how many carry an adapter.
     trainable, parameters: of the model, a packed weight counted by its elements.
     summary:   of the training examples, in the objective's words.
+    vocab_size: of the model: a loss of ln(vocab_size) is a guess among all its tokens.
     """
 
     step: int
@@ -29,6 +30,7 @@ class RunStart:
     examples: int
     valid_examples: int
     summary: str
+    vocab_size: int
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ class TrainingRun:
             examples=len(examples),
             valid_examples=len(self.valid),
             summary=self.objective.summary(examples),
+            vocab_size=self.prepared.model.config.vocab_size,
         )
 
 

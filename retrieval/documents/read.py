@@ -24,6 +24,15 @@ from pathlib import Path
 from ..errors import DocumentError
 
 SUFFIXES = (".txt", ".md", ".markdown")
+# Formats whose files are text, or may pass for it, and whose text is not what a reader sees: what to do about each.
+NOT_PLAIN = {
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".mhtml"), "markup: convert it, e.g. pandoc -t plain"),
+    **dict.fromkeys((".pdf", ".ps"), "laid-out pages: convert it, e.g. pdftotext"),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".epub"), "a word processor's: convert it, e.g. pandoc -t plain"),
+    **dict.fromkeys((".pptx", ".ppt", ".odp", ".xlsx", ".xls", ".ods"), "an office program's: save it as text"),
+    **dict.fromkeys((".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".ipynb"),
+                    "data, not prose: write what is to be found as text, a file for each document"),
+}  # fmt: skip
 MAX_BYTES = 64 * 2**20
 
 
@@ -82,7 +91,7 @@ def read_documents(
     """Read the files and the folders' text files, each file once, in the order given and sorted inside
     folders.
 
-    paths:       files (read whatever their suffix) and folders (walked for files with one of `suffixes`).
+    paths:       files (of any suffix that is not in `NOT_PLAIN`) and folders (walked for files with one of `suffixes`).
     relative_to: folder that uris are relative to; by default a uri is the file's absolute path.
     Errors of single files are in the report, with the reason; this function raises none for them.
     """
@@ -109,10 +118,12 @@ def read_documents(
 def read_document(path: str | Path, *, relative_to: str | Path | None = None, max_bytes: int = MAX_BYTES) -> Document:
     """One file as a Document, `metadata={"name": file name}`.
 
-    Raises DocumentError: not a regular file, unreadable, empty, too big, binary, or not UTF-8; the message
-    says which.
+    Raises DocumentError: not a regular file, unreadable, empty, too big, binary, not UTF-8, or by its name of a format
+    that holds more than text (HTML, PDF, CSV, ...); the message says which.
     """
     given = Path(path)
+    if (suffix := given.suffix.lower()) in NOT_PLAIN:
+        raise DocumentError(f"{_printable(given)}: a {suffix} file holds {NOT_PLAIN[suffix]}")
     try:
         path = given.resolve(strict=True)  # links are followed here, once; the opening below follows none
         data = _read_regular_file(path, max_bytes)

@@ -297,6 +297,13 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["train", "--model", "TINY", "--data", "nowhere"], "train.jsonl"),
         (["train", "--model", "TINY", "--data", "DATA", "--targets", "qproj"], "qproj"),
         (["train", "--model", "TINY", "--data", "DATA", "--rank", "0"], "r=0"),
+        (["train", "--model", "TINY", "--data", "DATA", "--num-layers", "0"], "num_layers=0: want at least 1; without"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--temp", "-1"], "--temp=-1.0, wanted at least 0"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--min-p", "2"], "--min-p=2.0, wanted"),
+        (["inspect", "DATA", "--quantize", "nf4"], "is no model, and only a decoder is put in 4 bits: leave it out"),
+        (["inspect", "TINY", "--model", "TINY"], "holds no rows whose tokens could be counted"),
+        (["inspect", "DATA", "--tensors"], "is no model: leave it out"),
+        (["inspect", "--backends", "--quantize", "nf4"], "are about a folder: give one"),
         (["train", "--model", "TINY", "--data", "DATA", "--iters", "0"], "iters=0, wanted at least 1"),
         (["evaluate", "--model", "TINY", "--data", "nowhere"], "nowhere"),
         (["inspect", "EMPTY"], "EMPTY"),
@@ -317,6 +324,35 @@ def test_errors_are_one_line_and_leave_nothing(
         assert err.startswith("qlorag: error: ") and err.count("\n") == 1 and wanted in err
         assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["EMPTY"]
+
+
+def test_an_encoder_is_not_put_in_4_bits_for_an_inspection(minilm_dir: Path, capsys: Capture) -> None:
+    _, err = said(capsys, 1, "inspect", minilm_dir, "--quantize", "nf4")
+    assert "is a model of type bert, and only a decoder is put in 4 bits" in err
+
+
+@pytest.mark.parametrize(
+    "quantize", [{"block_size": 64}, {"kind": "nf4", "surprise": 1}, {"kind": "nf4", "block_size": "64"}, {"kind": 4}]
+)
+def test_what_an_adapter_records_of_its_base_is_checked(
+    quantize: dict[str, Any], trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    adapter = copy_of(trained / "adapter", tmp_path)
+    path = adapter / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata={**metadata, "qlorag.base_quantize": json.dumps(quantize)})
+    _, err = said(capsys, 1, "generate", "--model", tiny_dir, "--adapter-path", adapter, "--prompt", "x")
+    assert "records a base quantized with" in err and "say --quantize yourself" in err
+
+
+def test_minus_one_layers_are_all(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    run = ["train", "--model", tiny_dir, "--data", trained / "data", "--iters", 1, "--dtype", "float32"]
+    out, _ = said(capsys, 0, *run, "--num-layers", "-1", "--adapter-path", tmp_path / "a")
+    assert "21 layers adapted" in out  # 7 in each of 3 blocks
 
 
 def test_wrong_base_is_refused_with_both_fingerprints(

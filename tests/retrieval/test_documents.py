@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 
 import pytest
 from qlorag.retrieval import Document, DocumentError, read_document, read_documents
@@ -118,3 +119,17 @@ def test_document_hash_and_refusals():
         Document("", "text")
     with pytest.raises(DocumentError, match=r"character 1 .* lone surrogate"):
         Document("u", "a\ud800")
+
+
+@pytest.mark.parametrize("suffix", [".html", ".PDF", ".docx", ".csv", ".json", ".jsonl", ".xml", ".ipynb", ".rtf"])
+def test_a_named_file_of_another_format_is_refused_with_advice(tmp_path, suffix):
+    path = tmp_path / f"page{suffix}"
+    path.write_text("<p>Otters swim.</p>")
+    [(name, reason)] = read_documents([path]).failures
+    assert name == str(path) and re.search(rf"a {suffix.lower()} file holds .*: (convert|save|write)", reason)
+
+
+@pytest.mark.parametrize("name", ["notes", "main.py", "guide.rst", "run.log"])
+def test_a_named_file_of_any_other_suffix_is_plain_text(tmp_path, name):
+    (tmp_path / name).write_text("Otters swim.")
+    assert [d.text for d in read_documents([tmp_path / name]).documents] == ["Otters swim."]

@@ -27,6 +27,7 @@ def register(verbs: Any) -> None:
 def run_inspect(args: argparse.Namespace, display: Display) -> int:
     """`qlorag inspect`."""
     from ...inspection.folder import inspect_folder
+    from ...inspection.model import ModelFacts
 
     if not args.path and not args.backends:
         raise UsageError("inspect: give a folder, or --backends")
@@ -35,6 +36,11 @@ def run_inspect(args: argparse.Namespace, display: Display) -> int:
         result["backends"] = _show_backends(display)
     if args.path:
         facts = inspect_folder(args.path, quantize=args.quantize, model=args.model)
+        if args.tensors and not isinstance(facts, ModelFacts):
+            raise UsageError(f"--tensors: {args.path} is no model: leave it out")
+    elif args.quantize or args.model or args.tensors:
+        raise UsageError("--quantize, --model and --tensors are about a folder: give one")
+    if args.path:
         result |= _show(facts, display, tensors=args.tensors)
     display.result(result)
     return 0

@@ -57,7 +57,9 @@ def _add_lora_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rank", "--r", type=int, default=d["r"], dest="rank", help="LoRA rank")
     p.add_argument("--alpha", type=float, default=d["alpha"], help="LoRA alpha; the update is scaled by alpha / rank")
     p.add_argument("--dropout", type=float, default=d["dropout"], help="of the LoRA branch's input")
-    p.add_argument("--num-layers", "--lora-layers", type=int, dest="num_layers", help="adapt the last N blocks only")
+    p.add_argument(
+        "--num-layers", "--lora-layers", type=int, dest="num_layers", help="adapt the last N blocks only; -1: all"
+    )
     p.add_argument("--targets", nargs="+", default=["all-linear"], help="names of layers to adapt, or all-linear")
     p.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
 
@@ -123,14 +125,14 @@ def _train(args: argparse.Namespace, display: Display, out: Path, now: datetime)
             display.say(f"validating on {valid_path.name}")
         valid = read_examples(valid_path, args, tok, display)[1]
     reuse_freed_memory()  # not before: what loading frees may well be given back
+    if taught := ends - tok.eos_ids:
+        names = tok.decode(taught, skip_special=False)
+        display.say(f"the rows end turns with {names}, which the model's files do not stop at: kept with the adapter")
     if args.show_mask:
         shown = show_mask(examples[0], tok)
         display.console.print(shown)
         display.result({"text": shown.plain, "ids": examples[0].ids, "mask": examples[0].mask})
         return 0
-    if taught := ends - tok.eos_ids:
-        names = tok.decode(taught, skip_special=False)
-        display.say(f"the rows end turns with {names}, which the model's files do not stop at: kept with the adapter")
     objective = SFT()
     record = run_record(base, examples, lora=lora, settings=settings, objective=objective)
     start_from = None if args.resume_adapter_file is None or newest else Path(args.resume_adapter_file)
@@ -181,7 +183,7 @@ def _lora(args: argparse.Namespace) -> LoRAConfig:
         alpha=args.alpha,
         dropout=args.dropout,
         targets="all-linear" if args.targets == ["all-linear"] else args.targets,
-        num_layers=args.num_layers,
+        num_layers=None if args.num_layers == -1 else args.num_layers,
         rslora=args.rslora,
     )
 

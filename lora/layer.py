@@ -74,10 +74,11 @@ class LoRALinear(nn.Module):
         self.scaling = scaling(r, alpha, rslora=rslora)
         self.compute_dtype = compute_dtype
         bound = self.in_features**-0.5  # kaiming_uniform_(a=sqrt(5)), as in the paper's code and PEFT
-        A = torch.empty(r, self.in_features).uniform_(-bound, bound, generator=generator)
         device = device or _device_of(base)
-        self.lora_A = nn.Parameter(A.to(device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
+        with torch.inference_mode(False):  # autograd keeps no tensor that was made in that mode
+            A = torch.empty(r, self.in_features).uniform_(-bound, bound, generator=generator)
+            self.lora_A = nn.Parameter(A.to(device, dtype))
+            self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> y [..., N], in the dtype that the base returns."""

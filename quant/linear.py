@@ -15,6 +15,7 @@ Under torch.compile both passes are one operation each of kernels/nf4/torch_ops.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels import nf4
-from ..kernels.dispatch import is_traced
+from ..kernels.dispatch import is_traced, is_transformed
 from ..kernels.nf4 import QuantizationError, QuantizedTensor, dequantize, quantize
+from .ddp import keep_out_of_ddp
+
+_RECORD = "_extra_state"  # the name under which nn.Module keeps what get_extra_state returns
+_AGAIN = "make the layer as that one was made, or load its dense weight and quantize it again"
 
 
 def _add(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +71,8 @@ class QuantizedLinear(nn.Module):
 
     The parts of W are buffers: they follow `.to(device)` and appear in `state_dict` as `packed`, `absmax`,
     `nested_absmax`, `nested_offset`. `.to(dtype)`, `.half()` and the like leave them as they are, because a
-    rounded absmax would be another weight; the layer computes in the dtype of its input.
+    rounded absmax would be another weight; the layer computes in the dtype of its input. `state_dict` also has
+    `_extra_state`, which says in JSON how W is quantized, and loading refuses the state of another kind of layer.
     """
 
     packed: Tensor
@@ -83,13 +89,13 @@ class QuantizedLinear(nn.Module):
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise QuantizationError(f"bias has shape {list(bias.shape)}: wanted [{self.out_features}]")
         self.kind, self.block_size, self.weight_dtype = q.kind, q.block_size, q.dtype
-        self.register_buffer("packed", q.packed)
-        self.register_buffer("absmax", q.absmax)
-        self.register_buffer("nested_absmax", q.nested_absmax)
-        self.register_buffer("nested_offset", q.nested_offset)
+        for name, part in zip(("packed", "absmax", "nested_absmax", "nested_offset"), q.parts, strict=True):
+            self.register_buffer(name, part)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._leave_inference_mode()
         self._fused: nf4.Matmul | None = None
         self._fused_code = (self.kind, self.block_size)
+        keep_out_of_ddp(_is_quantized_linear)
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:
@@ -109,7 +115,14 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight, sharing this layer's tensors."""
+        """The weight, sharing this layer's tensors. Raises QuantizationError: its scales were cast."""
+        for name in ("absmax", "nested_absmax", "nested_offset"):
+            part = self._buffers[name]
+            if part is not None and part.dtype not in (torch.float32, torch.uint8):
+                raise QuantizationError(
+                    f"{name} was cast to {part.dtype}, which is another weight: leave buffer_dtype out of FSDP's "
+                    "MixedPrecision, and do not write to the scales"
+                )
         return QuantizedTensor.from_parts(
             self._parts(),
             shape=(self.out_features, self.in_features),
@@ -136,8 +149,9 @@ class QuantizedLinear(nn.Module):
         if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if is_traced():
-            compiled: Tensor = nf4.nf4_matmul(x, *self._parts(), self.out_features, self.kind, self.block_size)
+        if is_traced() or is_transformed():
+            product = nf4.nf4_matmul if is_traced() else nf4.TransformedMatmul.apply
+            compiled: Tensor = product(x, *self._parts(), self.out_features, self.kind, self.block_size)
             return compiled if bias is None else compiled + bias
         fused = self._fused_for(x)
         if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
@@ -164,19 +178,73 @@ class QuantizedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": None}  # addresses mean nothing in a copy
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        keep_out_of_ddp(_is_quantized_linear)  # this may be another process
+
+    def _leave_inference_mode(self) -> None:
+        """Replace tensors made under torch.inference_mode, of which autograd refuses to keep any for a backward."""
+        with torch.inference_mode(False):
+            for name, part in self._buffers.items():
+                if part is not None and part.is_inference():
+                    self._buffers[name] = part.clone()
+            if self.bias is not None and self.bias.is_inference():
+                self.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+
+    def get_extra_state(self) -> Tensor:
+        """How W is quantized, as JSON in uint8 [bytes]: a tensor, so that any file of tensors can hold it."""
+        text = json.dumps(self._record())
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.packed.device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: _load_from_state_dict compares the record before it copies, and the layer stays what it is."""
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "block_size": self.block_size,
+            "double_quant": self._buffers["nested_absmax"] is not None,
+            "shape": [self.out_features, self.in_features],
+        }
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As torch's; but a part in another dtype is an error: copied, a float scale would become a whole number."""
-        wrong = [
+        """As torch's; but the state of a layer that is quantized in another way, or of another shape, is an error.
+
+        Copied, the codes would mean other numbers, and float scales would become whole ones. A state without a
+        record, of an older version, is held against the dtypes only.
+        """
+        wrong = self._contradictions(state_dict.get(prefix + _RECORD), prefix)
+        wrong += [
             f"{prefix}{name} is {given.dtype}, wanted {held.dtype}: it comes from a layer that was quantized in "
             "another way (double_quant)"
             for name, held in self._buffers.items()
             if held is not None and isinstance(given := state_dict.get(prefix + name), Tensor)
             if given.dtype != held.dtype
         ]
+        local_metadata, strict, missing, unexpected, errors = args
         if wrong:
-            args[-1].extend(wrong)
+            errors.extend(wrong)
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if prefix + _RECORD in missing:
+            missing.remove(prefix + _RECORD)
+        self._leave_inference_mode()  # load_state_dict(..., assign=True) takes the tensors as they are
+
+    def _contradictions(self, record: object, prefix: str) -> list[str]:
+        """What a state's record says that this layer is not, in words."""
+        if not isinstance(record, Tensor) or record.is_meta:  # an older state, or one without values
+            return []
+        try:
+            says = json.loads(record.detach().cpu().to(torch.uint8).numpy().tobytes())
+        except ValueError:
+            says = None
+        if not isinstance(says, dict):
+            return [f"{prefix}{_RECORD} is not the JSON of a quantized layer: the state is damaged, save it again"]
+        return [
+            f"{prefix}packed comes from a layer with {key}={says.get(key)!r}, wanted {held!r}: {_AGAIN}"
+            for key, held in self._record().items()
+            if says.get(key) != held
+        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         before = dict(self._buffers)
@@ -185,6 +253,7 @@ class QuantizedLinear(nn.Module):
             now = self._buffers[name]
             if was is not None and now is not None and now.dtype != was.dtype:
                 self._buffers[name] = was.to(now.device)
+        self._leave_inference_mode()
         return self
 
     def extra_repr(self) -> str:
@@ -193,3 +262,7 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, kind={self.kind}, block_size={self.block_size}, "
             f"bits_per_weight={self.quantized.bits_per_weight:.3f}"
         )
+
+
+def _is_quantized_linear(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear)

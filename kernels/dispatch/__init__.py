@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tracing import cached_unless_traced, has_tangent, is_traced
+from .tracing import cached_unless_traced, has_tangent, is_traced, is_transformed
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +30,7 @@ __all__ = [
     "choose_backend",
     "has_tangent",
     "is_traced",
+    "is_transformed",
     "launching_on",
     "processors",
     "why_no_triton",

@@ -1,4 +1,4 @@
-"""Whether torch traces the current call, or differentiates it in forward mode."""
+"""Whether torch traces the current call, transforms it (torch.func), or differentiates it in forward mode."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def is_traced() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jacrev, ...) wraps the tensors of the current call.
+
+    They then have no memory for C or Triton to work on, and an autograd.Function that saves what is not its argument
+    is refused: the call has to use a registered torch operation.
+    """
+    return torch._C._are_functorch_transforms_active()  # private, and torch has no public one
 
 
 def cached_unless_traced(make: Callable[P, T]) -> Callable[P, T]:

@@ -11,7 +11,7 @@ from .crossover import FUSED_ROWS, fused_rows
 from .eager import prepare_matmul
 from .ops import dequantize, matmul, matmul_backward, quantize, quantize_absmax
 from .tensor import Nested, QuantizedTensor
-from .torch_ops import nf4_matmul
+from .torch_ops import TransformedMatmul, nf4_matmul
 
 __all__ = [
     "BLOCK_SIZES",
@@ -25,6 +25,7 @@ __all__ = [
     "Nested",
     "QuantizationError",
     "QuantizedTensor",
+    "TransformedMatmul",
     "available_backends",
     "check_kind",
     "dequantize",

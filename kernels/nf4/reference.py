@@ -114,7 +114,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
 
 def nested_offset(absmax: Tensor) -> Tensor:
     """The mean of absmax, float32 []. Raises QuantizationError: it is not finite."""
-    offset = absmax.mean()
+    # On a CPU torch adds the parts of one long row in as many pieces as it has threads, which changes the last bit.
+    # Of two rows (one, seen twice) each is added by one thread, in the order of a single-threaded `mean`.
+    offset = absmax.expand(2, -1).mean(dim=1)[0].clone() if absmax.is_cpu else absmax.mean()
     if not torch.isfinite(offset):
         raise QuantizationError("the mean of absmax is beyond float32: scale the weights down, or double_quant=False")
     return offset

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_absmax, check_block_size, check_kind, check_weight
+from .checks import QuantizationError, check_absmax, check_block_size, check_kind, check_weight
 from .eager import dequantize_eager, matmul_backward_eager, matmul_eager, quantize_absmax_eager, quantize_eager
 from .tensor import NESTED_BLOCK_SIZE, QuantizedTensor
 
@@ -154,3 +154,55 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 nf4_matmul.register_autograd(_gradient, setup_context=_save)
+
+
+def _vmap(op: Any) -> Any:
+    """Both products take any leading dimensions, so the mapped one becomes the first of them."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        mapped = [dim for dim in in_dims[1:] if dim is not None]
+        if mapped or in_dims[0] is None:
+            raise QuantizationError(f"{op._name}: vmap over a packed weight: map over x only")
+        return op(x.movedim(in_dims[0], 0), *rest), 0
+
+    return rule
+
+
+nf4_matmul.register_vmap(_vmap(nf4_matmul))
+nf4_matmul_backward.register_vmap(_vmap(nf4_matmul_backward))
+
+
+class TransformedMatmul(torch.autograd.Function):
+    """y = x Wᵀ under torch.func.grad, jacrev and the like, which refuse the gradient of a registered operation."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        y: Tensor = nf4_matmul(*inputs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # dx = dy W
+        dx = TransformedMatmulBackward.apply(dy, *ctx.saved_tensors, ctx.in_features, *ctx.options)  # type: ignore[no-untyped-call]
+        return dx, None, None, None, None, None, None, None
+
+    setup_context = staticmethod(_save)
+    vmap = staticmethod(_vmap(nf4_matmul))
+
+
+class TransformedMatmulBackward(torch.autograd.Function):
+    """dx = dy W, with a gradient of its own: a transform differentiates as if for a second derivative, always."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        dx: Tensor = nf4_matmul_backward(*inputs)
+        return dx
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        # the gradient for dy is ddx Wᵀ
+        ddy = TransformedMatmul.apply(ddx, *ctx.saved_tensors, ctx.in_features, *ctx.options)  # type: ignore[no-untyped-call]
+        return ddy, None, None, None, None, None, None, None
+
+    setup_context = staticmethod(_save)
+    vmap = staticmethod(_vmap(nf4_matmul_backward))

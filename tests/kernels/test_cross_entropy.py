@@ -218,6 +218,8 @@ def test_every_hand_written_backward_is_checked() -> None:
     covered = {  # Function -> the test that runs gradcheck on it, through its public face
         "LinearCrossEntropy": "tests/kernels/test_cross_entropy.py",
         "_QuantizedLinearFunction": "tests/quant/test_linear.py",
+        "TransformedMatmul": "tests/quant/test_linear.py",
+        "TransformedMatmulBackward": "tests/quant/test_linear.py",
         "RMSNormFunction": "tests/kernels/test_rms_norm.py",
         "RopeFunction": "tests/kernels/test_rope.py",
         "SwiGLUFunction": "tests/kernels/test_swiglu.py",

@@ -122,3 +122,22 @@ def test_backends_are_named():
             call(torch.ones(4), backend="cuda")
     with pytest.raises(QuantizationError, match=r"absmax \[4\] is not contiguous \(strides \(2,\)\)"):
         nf4.quantize_absmax(torch.ones(8)[::2])
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_threads_change_no_bit_of_the_offset(backend):
+    """torch's mean of so many scales does depend on them; that of one thread is the one."""
+    absmax = torch.randn(262144, generator=torch.Generator().manual_seed(1)).abs()
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            made.append((absmax.mean(), nf4.quantize_absmax(absmax, backend=backend)))
+    finally:
+        torch.set_num_threads(before)
+    codes, nested = made[0][1]
+    assert torch.equal(nested.offset, made[0][0])
+    for _, (other_codes, other) in made[1:]:
+        assert torch.equal(other.offset, nested.offset) and torch.equal(other.absmax, nested.absmax)
+        assert torch.equal(other_codes, codes)

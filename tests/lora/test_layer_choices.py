@@ -170,3 +170,13 @@ def test_which_layers_count_as_quantized():
 )
 def test_its_text_names_what_is_not_the_default(options: dict[str, object], text: str):
     assert LoRALinear(nn.Linear(4, 3), r=2, alpha=3.0, **options).extra_repr() == text
+
+
+def test_a_layer_made_in_inference_mode_is_trained():
+    with torch.inference_mode():
+        layer = LoRALinear(nn.Linear(4, 3), r=2, alpha=4)
+    x = torch.randn(5, 4, requires_grad=True)
+    with torch.inference_mode(False):
+        layer.base = nn.Linear(4, 3)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad is not None and not layer.lora_A.is_inference()

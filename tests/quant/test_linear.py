@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from qlorag.kernels import nf4
 from qlorag.kernels.nf4 import eager, fused_rows, scratch
 from qlorag.quant import QuantizationError, QuantizedLinear, dequantize, quantize, quantize_linears
 from qlorag.quant import linear as linear_module
@@ -228,11 +229,11 @@ def test_state_dict_round_trip():
     with torch.no_grad():
         other.packed.zero_()
         other.absmax.zero_()
-    assert sorted(one.state_dict()) == ["absmax", "bias", "nested_absmax", "nested_offset", "packed"]
+    assert sorted(one.state_dict()) == ["_extra_state", "absmax", "bias", "nested_absmax", "nested_offset", "packed"]
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.dequantize(), other.dequantize())
     plain = layer(double_quant=False)
-    assert sorted(plain.state_dict()) == ["absmax", "bias", "packed"]
+    assert sorted(plain.state_dict()) == ["_extra_state", "absmax", "bias", "packed"]
     with pytest.raises(RuntimeError, match=r"absmax is torch.uint8, wanted torch.float32"):
         plain.load_state_dict(one.state_dict())
 
@@ -245,6 +246,90 @@ def test_a_state_of_another_dtype_is_refused_and_nothing_is_lost(strict):
     with pytest.raises(RuntimeError, match=r"absmax is torch.float32, wanted torch.uint8: it comes from a layer that"):
         double.load_state_dict(plain.state_dict(), strict=strict)
     assert digest(double) == before
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"kind": "fp4"}, "kind='fp4', wanted 'nf4'"),
+        ({"block_size": 128}, "block_size=128, wanted 64"),
+        ({"double_quant": False}, "double_quant=False, wanted True"),
+        ({"shape": (128, 64)}, r"shape=\[128, 64\], wanted \[64, 128\]"),
+    ],
+)
+def test_the_state_of_another_kind_of_layer_is_refused_by_name(made, message, strict):
+    def make(shape=(64, 128), **options):
+        w = torch.randn(*shape, generator=generator(1))
+        return nn.Sequential(QuantizedLinear(quantize(w, **{"kind": "nf4", **options})))
+
+    wanted = make()
+    before = digest(wanted[0])
+    with pytest.raises(RuntimeError, match=rf"0\.packed comes from a layer with {message}"):
+        wanted.load_state_dict(make(**made).state_dict(), strict=strict)
+    assert digest(wanted[0]) == before
+    wanted.load_state_dict(make().state_dict(), strict=strict)
+
+
+def test_a_state_without_a_record_loads_and_a_damaged_one_is_refused():
+    one, other = nn.Sequential(layer()), nn.Sequential(layer())
+    with torch.no_grad():
+        other[0].packed.zero_()
+    old = {name: part for name, part in one.state_dict().items() if "_extra_state" not in name}
+    assert str(other.load_state_dict(old)) == "<All keys matched successfully>"
+    assert torch.equal(one[0].dequantize(), other[0].dequantize())
+    for record in (b"{", b"[]", b"\xff"):
+        with pytest.raises(RuntimeError, match=r"0._extra_state is not the JSON of a quantized layer"):
+            other.load_state_dict(old | {"0._extra_state": torch.tensor(list(record), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("how", ["made", "from tensors", "moved", "assigned"])
+def test_a_layer_made_in_inference_mode_can_be_trained_through(how):
+    dense = nn.Linear(64, 32)
+    with torch.inference_mode():
+        made = layer(64) if how == "moved" else QuantizedLinear.from_linear(nn.Linear(64, 32))
+        if how == "from tensors":
+            made = QuantizedLinear(quantize(dense.weight), dense.bias.clone())
+        if how == "moved":
+            made = made.to("meta").to_empty(device="cpu")
+        if how == "assigned":
+            made.load_state_dict({name: part.clone() for name, part in made.state_dict().items()}, assign=True)
+    x = torch.randn(3, 64, requires_grad=True)
+    made(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(t.is_inference() for t in (*made.buffers(), *made.parameters()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_transforms(bias):
+    made = QuantizedLinear.from_linear(nn.Linear(64, 32, bias=bias))
+    w, x = made.dequantize(torch.float32), torch.randn(3, 5, 64, generator=generator(1))
+    torch.testing.assert_close(torch.func.vmap(made, in_dims=1, out_dims=1)(x), made(x))
+    expected = 2 * made(x) @ w
+    torch.testing.assert_close(torch.func.grad(lambda z: made(z).square().sum())(x), expected)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda z: made(z).square().sum()))(x), expected)
+    torch.testing.assert_close(torch.func.jacrev(made)(x[0, 0]), w)
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(made))(x[0]), w.expand(5, -1, -1))
+    twice = torch.func.jacrev(torch.func.grad(lambda z: made(z).square().sum()))
+    torch.testing.assert_close(twice(x[0, 0]), 2 * w.T @ w)
+    double = QuantizedLinear.from_linear(nn.Linear(32, 8), block_size=32)
+    args = (torch.randn(2, 32, dtype=torch.float64, requires_grad=True), *double._parts(), 8, "nf4", 32)
+    assert torch.autograd.gradcheck(nf4.TransformedMatmul.apply, args)
+    assert torch.autograd.gradgradcheck(nf4.TransformedMatmul.apply, args)
+
+
+def test_scales_that_were_cast_are_refused():
+    """FSDP's MixedPrecision(buffer_dtype=...) assigns to `.data`, which no layer sees."""
+    for double_quant, name in ((True, "nested_absmax"), (False, "absmax")):
+        made = QuantizedLinear.from_linear(nn.Linear(64, 32), double_quant=double_quant)
+        made(torch.zeros(1, 64))
+        part = getattr(made, name)
+        part.data = part.to(torch.bfloat16)
+        for rows in (1, 1000):
+            with pytest.raises(
+                QuantizationError, match=f"^{name} was cast to torch.bfloat16.* buffer_dtype out of FSDP"
+            ):
+                made(torch.zeros(rows, 64))
 
 
 def test_frozen_means_frozen():
@@ -356,7 +441,9 @@ def test_quantize_linears_replaces_all_but_the_head():
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
-        ((), [*ALL, "lm_head"]),
+        ((), ALL),
+        ("down", ["blocks.0.up", "blocks.1.up"]),
+        (["down"], ["blocks.0.up", "blocks.1.up"]),
         (("lm_head", "down"), ["blocks.0.up", "blocks.1.up"]),
         (("lm_head", "blocks.0.*"), ["blocks.1.up", "blocks.1.down"]),
         (("lm_head", "0.up"), ["blocks.0.down", "blocks.1.up", "blocks.1.down"]),
@@ -364,6 +451,19 @@ def test_quantize_linears_replaces_all_but_the_head():
 )
 def test_skip_takes_paths_their_last_parts_and_globs(skip, left):
     assert quantize_linears(Model(), skip=skip) == left
+    assert quantize_linears(Model(), skip=skip, default_skip=()) == [*left, *([] if "lm_head" in skip else ["lm_head"])]
+
+
+@pytest.mark.parametrize(
+    "owner", [nn.TransformerEncoderLayer(64, 4, 128), nn.Sequential(Model(), nn.TransformerEncoderLayer(64, 4, 128))]
+)
+def test_a_layer_whose_owner_reads_its_weight_is_refused(owner):
+    """nn.TransformerEncoderLayer in eval mode; its attention has a subclass of nn.Linear, which stays anyway."""
+    with pytest.raises(QuantizationError, match=r"linear1: .* is an nn.TransformerEncoderLayer, .* add linear1 and"):
+        quantize_linears(owner)
+    assert not any(isinstance(m, QuantizedLinear) for m in owner.modules())
+    if isinstance(owner, nn.Sequential):
+        assert quantize_linears(owner, skip=("linear1", "linear2")) == [f"0.{name}" for name in ALL]
 
 
 def test_a_layer_in_two_places_stays_one_layer():
@@ -383,7 +483,7 @@ def test_quantize_linears_refuses():
     tied = Model()
     tied.lm_head.weight = tied.embed.weight
     with pytest.raises(QuantizationError, match="lm_head shares its weight with embed: add it to skip"):
-        quantize_linears(tied, skip=())
+        quantize_linears(tied, default_skip=())
     assert type(tied.blocks[0].up) is nn.Linear  # refused before anything was replaced
     assert quantize_linears(tied) == ALL
     broken = Model()

@@ -1,10 +1,11 @@
 """Compile a C file on first use, cache the library, load it. Some seconds once, then a few milliseconds.
 
-The file name in the cache is `<stem>-<key>-<content>.so`. The key is a SHA-256 of everything that decides
-the compiler's output: all C files in the folder of the source (it may include the others), the flags, the
-compiler's version text, the machine. The content part is a SHA-256 of the library itself, so an entry that
-is truncated or changed does not match its name and is built again. A library gets its name by one rename:
-two processes that compile at once both succeed, and either file is good.
+The file name in the cache is `<stem>-<key>-<compiler>-<content>.so`. The key is a SHA-256 of what a library is
+made from: all C files in the folder of the source (it may include the others), the flags, the machine. The
+compiler part is one of the compiler's command and version text: another compiler gets an entry of its own. Where
+none is installed, or it fails, a library of the same key serves, whatever compiler made it. The content part is a
+SHA-256 of the library itself, so an entry that is truncated or changed does not match its name and is built again.
+A library gets its name by one rename: two processes that compile at once both succeed, and either file is good.
 
 Two decisions about OpenMP. The object is compiled with `-fopenmp` but linked without it: its symbols then
 resolve to the runtime that torch has already loaded, which is why torch is imported first. With a second
@@ -75,14 +76,40 @@ def load(source: Path) -> Library:
 
 
 def _load(source: Path) -> Library:
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    version = _compiler_version(compiler)
+    recipes = [(FLAGS, False)]
     if torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        recipes.insert(0, ((*FLAGS, "-fopenmp"), True))
+    try:
+        return _compiled(source, recipes)
+    except NativeBuildError as error:
+        for flags, openmp in recipes:
+            cached = _open_cached(f"{_stem(source, flags)}-*")
+            if cached is not None:
+                log.info("%s: another compiler's library from the cache, because: %s", source.name, error)
+                return Library(cached, openmp=openmp)
+        raise
+
+
+def _compiled(source: Path, recipes: list[tuple[tuple[str, ...], bool]]) -> Library:
+    """The library of this compiler, from the cache or built: by the first of the recipes that works."""
+    compiler = _compiler()
+    version = _compiler_version(compiler)
+    *others, (last, openmp) = recipes
+    for flags, with_openmp in others:
         try:
-            return Library(_build_or_open(source, compiler, version, (*FLAGS, "-fopenmp")), openmp=True)
+            return Library(_build_or_open(source, compiler, version, flags), openmp=with_openmp)
         except NativeBuildError as error:
             log.info("%s: without OpenMP, because: %s", source.name, error)
-    return Library(_build_or_open(source, compiler, version, FLAGS), openmp=False)
+    return Library(_build_or_open(source, compiler, version, last), openmp=openmp)
+
+
+def _compiler() -> list[str]:
+    """The command in CC, or cc. Raises NativeBuildError: CC cannot be split into words."""
+    command = os.environ.get("CC", "")
+    try:
+        return shlex.split(command) or ["cc"]
+    except ValueError as error:
+        raise NativeBuildError(f"CC={command!r} is not a command ({error}): correct it, or unset it") from error
 
 
 def _compiler_version(compiler: list[str]) -> str:
@@ -104,10 +131,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _build_or_open(source: Path, compiler: list[str], version: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    recipe = "\0".join([*compiler, version, *flags, platform.system(), platform.machine()])
-    text = b"".join(part.read_bytes() for part in sorted(source.parent.glob("*.c")))  # it may include the others
-    key = hashlib.sha256(text + recipe.encode()).hexdigest()[:16]
-    stem = f"{source.parent.name}-{source.stem}-{key}"
+    stem = f"{_stem(source, flags)}-{_digest(chr(0).join([*compiler, version]).encode())}"
     try:
         cached = _open_cached(stem)
         if cached is not None:
@@ -121,6 +145,17 @@ def _build_or_open(source: Path, compiler: list[str], version: str, flags: tuple
             return ctypes.CDLL(str(built))  # once mapped, it outlives its temporary folder
     except OSError as error:
         raise NativeBuildError(f"the compiled library does not load: {error}") from error
+
+
+def _stem(source: Path, flags: tuple[str, ...]) -> str:
+    """The name of a library as far as it does not depend on the compiler."""
+    recipe = chr(0).join([*flags, platform.system(), platform.machine()])
+    text = b"".join(part.read_bytes() for part in sorted(source.parent.glob("*.c")))  # it may include the others
+    return f"{source.parent.name}-{source.stem}-{_digest(text + recipe.encode())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _open_cached(stem: str) -> ctypes.CDLL | None:
@@ -154,7 +189,7 @@ def _place(built: Path, stem: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o700)
-        entry = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+        entry = folder / f"{stem}-{_digest(content)}.so"
         os.replace(name, entry)
     except OSError:
         Path(name).unlink(missing_ok=True)
@@ -167,7 +202,7 @@ def _is_intact(entry: Path) -> bool:
     status = entry.stat()
     if hasattr(os, "getuid") and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o022):
         return False
-    return hashlib.sha256(entry.read_bytes()).hexdigest()[:16] == entry.stem.rsplit("-", 1)[1]
+    return _digest(entry.read_bytes()) == entry.stem.rsplit("-", 1)[1]
 
 
 def _cache_folder() -> Path:

@@ -151,6 +151,48 @@ def test_no_compiler_is_one_clear_line_once(source, monkeypatch, caplog, cc, mes
     assert record.getMessage().startswith("cpu.c: ") and "slower torch reference" in record.getMessage()
 
 
+@pytest.mark.parametrize("cc", ['gcc "', "'", "cc \\"])
+def test_a_compiler_with_an_unbalanced_quote_is_one_clear_line(source, monkeypatch, caplog, cc):
+    monkeypatch.setenv("CC", cc)
+    with pytest.raises(NativeBuildError, match=r"^CC=.* is not a command \(No .*\): correct it, or unset it$"):
+        load(source)
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("cc", ["/nonexistent/cc", 'cc "', "false"])
+def test_a_warm_cache_serves_without_a_compiler(source, tmp_path, monkeypatch, caplog, cc):
+    load(source)
+    monkeypatch.setenv("CC", cc)
+    forget(monkeypatch)
+    library = load(source)
+    assert library.handle.answer() == 42 and library.openmp
+    assert caplog.records == []  # it is the same library: nothing to warn of
+    (entry,) = cached(tmp_path)
+    entry.write_bytes(b"no library")  # and it is still checked
+    forget(monkeypatch)
+    with pytest.raises(NativeBuildError):
+        load(source)
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("change", ["source", "flags", "machine"])
+def test_without_a_compiler_a_library_of_something_else_is_not_taken(source, monkeypatch, change):
+    load(source)
+    forget(monkeypatch)
+    monkeypatch.setenv("CC", "/nonexistent/cc")
+    if change == "source":
+        source.write_text(SOURCE.replace("42", "43"))
+    elif change == "flags":
+        monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+    else:
+        monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    with pytest.raises(NativeBuildError, match="no C compiler"):
+        load(source)
+
+
 @pytest.mark.compiler
 def test_a_compiler_that_fails_is_quoted(source, caplog):
     source.write_text("int answer(void) { return forty_two; }")

@@ -12,7 +12,8 @@ without a config is an interrupted save. When an older adapter is overwritten, a
 renames pairs new tensors with the old config; reading detects it by the copy of the fields.
 
 Reading is strict. PEFT's own loader warns about missing keys and continues; here a missing, unexpected or
-wrong tensor or field is an error that names file and key.
+wrong tensor or field is an error that names file and key. PEFT adds the base's own weight of an adapted output head,
+as base_model.model.<path>.base_layer.weight; it is read, and `load.py` compares it with the model's.
 """
 
 from __future__ import annotations
@@ -38,10 +39,17 @@ from .targets import walk
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 AGAIN = "the adapter is damaged or mixed from two saves; save it again"
+_MLX_ADVICE = (
+    "this is an adapter of mlx-lm (lora_a [K, R], lora_b [R, N]), which is not read: merge it there with "
+    "mlx_lm.fuse and give the resulting model, or save it in PEFT's form"
+)
 
 _BASE, _QUANTIZE, _SCALES = "qlorag.base_fingerprint", "qlorag.base_quantize", "qlorag.scales"
 _SCALE_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_QUANTIZE_FIELDS = {"kind": str, "block_size": int, "double_quant": bool}
 KINDS = ("lora_A", "lora_B")
+BASE_WEIGHT = "base_layer"  # and .weight: the name that PEFT gives to the weight beside A and B
+_MLX_NAME = "adapters.safetensors"
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,7 @@ class AdapterFiles:
     tensors_path: Path
     selection: Selection
     tensors: dict[tuple[str, str], Tensor]  # (path, "lora_A" or "lora_B")
+    base_weights: dict[str, Tensor]  # {path: what the file holds of the base's own weight}
     info: AdapterInfo
 
 
@@ -133,6 +142,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder: want one with {CONFIG_NAME} and {TENSORS_NAME}")
     if not tensors_path.is_file():
+        if mlx := sorted(folder.glob(f"*{_MLX_NAME}")):  # whole, or a numbered checkpoint
+            raise AdapterError(f"{mlx[-1]}: {_MLX_ADVICE}")
         hint = "; pickle files (.bin) are not opened, save it as safetensors" if any(folder.glob("*.bin")) else ""
         raise AdapterError(f"{tensors_path}: missing: the folder holds no adapter, or a save was interrupted{hint}")
     if not config_path.is_file():
@@ -144,6 +155,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterError(f"{config_path}: {error}") from error
     metadata, state = _read_tensors(tensors_path)
     _check_scales(config_path, json.loads(text), metadata)
+    base_weights = _take_base_weights(state)
     tensors = {_parsed(key, tensors_path): value for key, value in state.items()}
     paths = dict.fromkeys(path for path, _ in tensors)
     for path in paths:
@@ -152,9 +164,15 @@ def read_adapter(folder: Path) -> AdapterFiles:
                 raise AdapterError(f"{tensors_path}: {tensor_key(path, kind)} is missing: {AGAIN}")
     for (path, kind), tensor in tensors.items():
         _check_tensor(tensors_path, config, path, kind, tensor)
+    for path in base_weights:
+        if path not in paths:
+            key = tensor_key(path, BASE_WEIGHT)
+            raise AdapterError(f"{tensors_path}: unexpected tensor {key}: there is no lora_A for {path}; {AGAIN}")
     quantize = _json_object(tensors_path, _QUANTIZE, metadata)
+    if quantize:
+        _check_quantize(tensors_path, quantize)
     info = AdapterInfo(config, tuple(paths), base_name, metadata.get(_BASE), quantize)
-    return AdapterFiles(config_path, tensors_path, selection, tensors, info)
+    return AdapterFiles(config_path, tensors_path, selection, tensors, base_weights, info)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -169,10 +187,19 @@ def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, state
 
 
+def _take_base_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the weights of base layers out of `state`, by their path."""
+    suffix = f".{BASE_WEIGHT}.weight"
+    keys = [key for key in state if key.startswith(PREFIX) and key.endswith(suffix)]
+    return {key.removeprefix(PREFIX).removesuffix(suffix): state.pop(key) for key in keys}
+
+
 def _parsed(key: str, file: Path) -> tuple[str, str]:
     """`base_model.model.<path>.lora_A.weight` -> (path, "lora_A")."""
     path, _, kind = key.removesuffix(".weight").removeprefix(PREFIX).rpartition(".")
     if not path or kind not in KINDS or key != tensor_key(path, kind):
+        if key.endswith((".lora_a", ".lora_b")):
+            raise AdapterError(f"{file}: {key}: {_MLX_ADVICE}")
         raise AdapterError(
             f"{file}: unexpected tensor {key}: want {tensor_key('<path>', 'lora_A')} and .lora_B.weight only"
         )
@@ -200,6 +227,18 @@ def _check_scales(path: Path, config: Mapping[str, Any], metadata: Mapping[str, 
     for field, saved in (_json_object(path.parent / TENSORS_NAME, _SCALES, metadata) or {}).items():
         if (got := config.get(field)) != saved:
             raise AdapterError(f"{path}: {field}={got!r}, but {TENSORS_NAME} was saved with {saved!r}: {AGAIN}")
+
+
+def _check_quantize(file: Path, quantize: Mapping[str, Any]) -> None:
+    """Raise AdapterError unless it is what `save_adapter` documents: these options go to the base's loader."""
+    known = ", ".join(_QUANTIZE_FIELDS)
+    if "kind" not in quantize:
+        raise AdapterError(f"{file}: metadata {_QUANTIZE} has no kind, want {known}: {AGAIN}")
+    for key, value in quantize.items():
+        if key not in _QUANTIZE_FIELDS:
+            raise AdapterError(f"{file}: metadata {_QUANTIZE} has {key}={value!r:.60}, want only {known}: {AGAIN}")
+        if type(value) is not (wanted := _QUANTIZE_FIELDS[key]):
+            raise AdapterError(f"{file}: metadata {_QUANTIZE} has {key}={value!r:.60}, want {wanted.__name__}: {AGAIN}")
 
 
 def _json_object(file: Path, field: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attach import place, refuse_attached
 from .errors import AdapterError, some
-from .files import AGAIN, KINDS, AdapterFiles, AdapterInfo, read_adapter, tensor_key
+from .files import AGAIN, BASE_WEIGHT, KINDS, AdapterFiles, AdapterInfo, read_adapter, tensor_key
 from .layer import LoRALinear
 from .targets import linear_layers, refuse_shared, what_exists
 
@@ -48,6 +48,7 @@ def load_adapter(
     layers = linear_layers(model)
     _check_paths(layers, files)
     refuse_shared(layers, files.info.layers)
+    _check_base_weights(layers, files)
     adapted = {path: _layer(layers[path], path, files, dtype, compute_dtype) for path in files.info.layers}
     place(model, adapted, trainable=trainable)
     return replace(files.info, base_verified=bool(actual and wanted))
@@ -66,6 +67,29 @@ def _check_paths(layers: Mapping[str, nn.Module], files: AdapterFiles) -> None:
         raise AdapterError(f"{file}: missing {some(missing)}, which target_modules asks for: {AGAIN}")
     if extra := [tensor_key(path, "lora_A") for path in named if path not in expected]:
         raise AdapterError(f"{file}: unexpected {some(extra)}, which target_modules does not mean: {AGAIN}")
+
+
+def _check_base_weights(layers: Mapping[str, nn.Module], files: AdapterFiles) -> None:
+    """Raise AdapterError unless the file's copies of the base's weights are the model's, in the narrower dtype."""
+    for path, saved in files.base_weights.items():
+        key, held = tensor_key(path, BASE_WEIGHT), getattr(layers[path], "weight", None)
+        if not isinstance(held, Tensor) or not saved.is_floating_point():
+            raise AdapterError(
+                f"{files.tensors_path}: {key} cannot be compared with {path} of this model, which is a "
+                f"{type(layers[path]).__name__}: load the base without quantizing that layer, or save the adapter with "
+                "save_embedding_layers=False"
+            )
+        if saved.shape != held.shape or not _same(saved, held.detach().cpu()):
+            raise AdapterError(
+                f"{files.tensors_path}: {key} {list(saved.shape)} is not {path}.weight {list(held.shape)} of this "
+                "model: it was trained or resized too, so load the adapter with peft and merge it there, or load the "
+                "base it was trained on"
+            )
+
+
+def _same(saved: Tensor, held: Tensor) -> bool:
+    """Whether one is the other, as stored or rounded to its dtype."""
+    return torch.equal(saved.to(held.dtype), held) or torch.equal(held.to(saved.dtype), saved)
 
 
 def _layer(

@@ -150,8 +150,8 @@ class QuantizedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if is_traced() or is_transformed():
-            product = nf4.nf4_matmul if is_traced() else nf4.TransformedMatmul.apply
-            compiled: Tensor = product(x, *self._parts(), self.out_features, self.kind, self.block_size)
+            product: Callable[..., Tensor] = nf4.nf4_matmul if is_traced() else nf4.TransformedMatmul.apply
+            compiled = product(x, *self._parts(), self.out_features, self.kind, self.block_size)
             return compiled if bias is None else compiled + bias
         fused = self._fused_for(x)
         if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):

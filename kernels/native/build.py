@@ -76,7 +76,7 @@ def load(source: Path) -> Library:
 
 
 def _load(source: Path) -> Library:
-    recipes = [(FLAGS, False)]
+    recipes: list[tuple[tuple[str, ...], bool]] = [(FLAGS, False)]  # flags, and whether they are with OpenMP
     if torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         recipes.insert(0, ((*FLAGS, "-fopenmp"), True))
     try:

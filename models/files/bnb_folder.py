@@ -5,6 +5,9 @@ reads it), and each quantized weight is five or six tensors with JSON of its own
 disagree the JSON is right: config.json says how the model was asked to be quantized, not how each tensor was. So a
 layer that its maker left dense is loaded dense, and block sizes, of which config.json knows nothing, may differ.
 
+So does the list of modules that were skipped, `llm_int8_skip_modules`: the dense tensors are what honours it. A weight in
+4 bits that the list names is refused, since transformers would make a dense layer for it.
+
 Only projections inside the layers may be in 4 bits here. Embedding, norms and head stay dense, as transformers leaves
 them unless it is told otherwise.
 """
@@ -19,7 +22,7 @@ import torch
 
 from ...quant import QuantizationError, QuantizedLinear, QuantizedTensor
 from ...quant.bnb_files import BnbState, from_bnb, owner, read_state, state_key, to_bnb
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from .weights import Checkpoint
 
 
@@ -71,6 +74,28 @@ def read_packed(checkpoint: Checkpoint, name: str, packed: PackedWeight, *, chec
             f"{where}: {name} has {bad} NaN or infinite scales of {scales.numel()}: the checkpoint is damaged"
         )
     return q
+
+
+def check_skipped(packed: Mapping[str, PackedWeight], raw: Mapping[str, Any], *, source: str) -> None:
+    """Hold the list of skipped modules against the weights: names of modules, or of what they are in, or their ends.
+
+    raw: config.json, which has a `quantization_config`.  source: its name, for messages.
+    Raises ConfigError: it is not a list of names, or it names a weight that is in 4 bits.
+    """
+    key = "quantization_config.llm_int8_skip_modules"
+    skipped = raw["quantization_config"].get("llm_int8_skip_modules")
+    if skipped is None:
+        return
+    if not isinstance(skipped, list) or not all(isinstance(name, str) and name for name in skipped):
+        raise ConfigError(f"{source}: {key}={skipped!r:.60}, wanted a list of module names, or null")
+    for name in skipped:
+        for weight in packed:
+            module = weight.removesuffix(".weight")
+            if module.startswith(f"{name}.") or module.endswith(name):  # as transformers decides
+                raise ConfigError(
+                    f"{source}: {key} names {name!r:.60}, but {weight} is stored in 4 bits: config.json and "
+                    "weights are of two models, or the list was edited; correct it"
+                )
 
 
 def check_packed_names(packed: Mapping[str, PackedWeight], checkpoint: Checkpoint, *, dense: set[str]) -> None:

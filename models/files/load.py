@@ -21,7 +21,7 @@ from ...quant import quantize as quantize_tensor
 from ..decoder.config import decoder_config, stored_in_4_bits
 from ..decoder.decoder import Decoder
 from ..errors import ConfigError, WeightsError
-from .bnb_folder import PackedWeight, check_packed_names, packed_weights, read_packed
+from .bnb_folder import PackedWeight, check_packed_names, check_skipped, packed_weights, read_packed
 from .checkpoint_names import use_known_names
 from .config_json import read_config
 from .weights import Checkpoint
@@ -29,6 +29,7 @@ from .weights import Checkpoint
 QUANTIZE_KINDS = ("nf4", "fp4")
 
 
+@torch.inference_mode(False)  # in that mode all parameters would be tensors that autograd refuses to keep
 def load_model(
     folder: str | os.PathLike[str],
     *,
@@ -63,6 +64,7 @@ def load_model(
     if stored_in_4_bits(raw, source=source):
         packed = packed_weights(checkpoint)
         check_packed_names(packed, checkpoint, dense=parameters.keys() - linears)
+        check_skipped(packed, raw, source=source)
         _check_kind(quantize, packed, source)
         quantize = None  # done already
     head = _tie(model, checkpoint)

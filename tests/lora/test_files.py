@@ -251,6 +251,22 @@ FAULTS = {
         add("base_model.model.lm_head.weight"),
         [TENSORS, "unexpected tensor base_model.model.lm_head"],
     ),
+    "another base weight": (
+        add(KEY.replace("lora_A", "base_layer"), (32, 32)),
+        [TENSORS, KEY.replace("lora_A", "base_layer"), "is not model.layers.0.self_attn.q_proj.weight", "trained"],
+    ),
+    "a resized base weight": (
+        add(KEY.replace("lora_A", "base_layer"), (33, 32)),
+        [TENSORS, "[33, 32]", "[32, 32]", "resized"],
+    ),
+    "base weight of no layer": (
+        add("base_model.model.lm_head.base_layer.weight"),
+        [TENSORS, "unexpected tensor base_model.model.lm_head.base_layer.weight", "no lora_A for lm_head"],
+    ),
+    "mlx-lm's names": (
+        add("model.layers.0.self_attn.q_proj.lora_a"),
+        [TENSORS, "q_proj.lora_a: this is an adapter of mlx-lm", "mlx_lm.fuse"],
+    ),
     "wrong prefix": (add("model.layers.0.x.lora_A.weight"), [TENSORS, "unexpected tensor model.layers.0.x"]),
     "magnitude": (
         add(KEY.replace("lora_A.weight", "lora_magnitude_vector")),
@@ -292,6 +308,38 @@ def test_fault(saved, make_llama, ids, fault):
     assert str(folder) in message
     assert dict(model.named_modules()) == modules
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "0000100_adapters.safetensors"])
+def test_an_adapter_of_mlx_lm_is_named_as_such(llama, tmp_path, name):
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 8}})
+    )
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(32, 8)}, tmp_path / name)
+    with pytest.raises(
+        AdapterError, match=rf"{name}: this is an adapter of mlx-lm .* which is not read: merge it there"
+    ):
+        load_adapter(llama, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"block_size": 64}, "has no kind, want kind, block_size, double_quant"),
+        ({"kind": "nf4", "surprise": 1}, "has surprise=1, want only kind, block_size, double_quant"),
+        ({"kind": "nf4", "dtype": "bfloat16"}, "has dtype='bfloat16', want only"),
+        ({"kind": 4}, "has kind=4, want str"),
+        ({"kind": "nf4", "block_size": "64"}, "has block_size='64', want int"),
+        ({"kind": "nf4", "block_size": True}, "has block_size=True, want int"),
+        ({"kind": "nf4", "double_quant": 1}, "has double_quant=1, want bool"),
+    ],
+)
+def test_what_the_file_says_of_its_bases_quantization_is_checked(make_llama, tmp_path, quantize, message):
+    model = make_llama()
+    attach(model, LoRAConfig())
+    save_adapter(model, tmp_path, quantize=quantize)
+    with pytest.raises(AdapterError, match=f"{TENSORS}: metadata qlorag.base_quantize {message}"):
+        adapter_info(tmp_path)
 
 
 def test_no_folder(llama, tmp_path):

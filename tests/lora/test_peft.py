@@ -91,6 +91,22 @@ def test_we_load_what_peft_saves(make_llama, ids, tmp_path, _ours, theirs, adapt
     torch.testing.assert_close(logits(model, ids), logits(peft, ids), **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_we_load_an_adapted_head_with_the_base_weight_that_peft_adds(make_llama, ids, tmp_path, dtype):
+    base = make_llama()
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM"))
+    train(peft, ids)
+    peft.eval().save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    model = make_llama()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.to(dtype)  # the file's weight is float32
+    assert "lm_head" in load_adapter(model, tmp_path).layers
+    if dtype == torch.float32:
+        torch.testing.assert_close(logits(model, ids), logits(peft, ids), **TOLERANCE)
+
+
 @pytest.mark.parametrize(("ours", "theirs"), CASES)
 def test_files_are_the_same(make_llama, tmp_path, ours, theirs):
     """Key for key: the config's fields and the tensors' names, shapes and dtypes."""

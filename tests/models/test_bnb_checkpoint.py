@@ -333,6 +333,36 @@ def test_each_tensor_speaks_for_itself(section: dict[str, Any], packed_dir: Path
     assert torch.equal(load_model(folder)(IDS), load_model(packed_dir)(IDS))
 
 
+def test_a_model_loaded_in_inference_mode_can_be_trained(packed_dir: Path) -> None:
+    with torch.inference_mode():
+        model = load_model(packed_dir, dtype=torch.float32)
+    attach(model, LoRAConfig())
+    model(IDS).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        (["lm_head", "model.layers.0.mlp"], "names 'model.layers.0.mlp', but model.layers.0.mlp"),
+        (["up_proj"], r"names 'up_proj', but model.layers.\d.mlp.up_proj.weight is stored in 4 bits"),
+        (["model.layers.1.self_attn.q_proj"], "names '.*', but model.layers.1.self_attn.q_proj.weight is stored"),
+        ("lm_head", "='lm_head', wanted a list of module names, or null"),
+        ([1], r"=\[1\], wanted a list"),
+    ],
+)
+def test_the_list_of_skipped_modules_is_checked(
+    skipped: object, message: str, packed_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(packed_dir, tmp_path / "copy"))
+    change_config(folder, lambda raw: raw["quantization_config"].update(llm_int8_skip_modules=skipped))
+    with pytest.raises(ConfigError, match=rf"config.json: quantization_config.llm_int8_skip_modules ?{message}"):
+        load_model(folder)
+    # Names of other modules, as other programs list them; "model.layers.1" is not the beginning of layer 10.
+    change_config(folder, lambda raw: raw["quantization_config"].update(llm_int8_skip_modules=["lm_head", "vision"]))
+    assert torch.equal(load_model(folder)(IDS), load_model(packed_dir)(IDS))
+
+
 @pytest.mark.parametrize(
     ("section", "what"),
     [

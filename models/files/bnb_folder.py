@@ -5,8 +5,8 @@ reads it), and each quantized weight is five or six tensors with JSON of its own
 disagree the JSON is right: config.json says how the model was asked to be quantized, not how each tensor was. So a
 layer that its maker left dense is loaded dense, and block sizes, of which config.json knows nothing, may differ.
 
-So does the list of modules that were skipped, `llm_int8_skip_modules`: the dense tensors are what honours it. A weight
-in 4 bits that the list names is refused, since transformers would make a dense layer for it.
+The list of skipped modules, `llm_int8_skip_modules`, is honoured by that: a skipped layer is dense in the file.
+A weight in 4 bits that the list names is refused, since transformers would make a dense layer for it.
 
 Only projections inside the layers may be in 4 bits here. Embedding, norms and head stay dense, as transformers leaves
 them unless it is told otherwise.

@@ -9,15 +9,14 @@ Exit status: 0 done, 1 an error that is named in one line, 2 a wrong command lin
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from ..errors import RecipeError
-from .flags import VerbParser, add_common_flags, nearest
-from .printable import one_line
+# Everything else is imported inside `main`, so that ctrl-C during an import is one line, too.
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 # Set before torch is imported, which reads it once: OpenMP's threads then spin only briefly while they wait. With one
 # other busy process on two cores, a training step takes 1.4 s with it and 6 to 20 s without (recipes/NOTES.md).
@@ -26,6 +25,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The whole command line, and each verb's part of it by name."""
+    import argparse
+    from importlib.metadata import version
+
+    from .flags import VerbParser, add_common_flags
     from .verbs import chat, demo, inspection, models, rag, text, train
 
     parser = argparse.ArgumentParser(
@@ -42,7 +45,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         args = _parse(arguments)
@@ -51,21 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as fault:  # disk full, permission denied: the operating system's words name the file
         if debug:
             raise
-        return _fail(f"{fault.filename or 'system'}: {fault.strerror or fault}")
+        # What writes files names them; what is left is output into a full disk, as in `qlorag generate > answer.txt`.
+        return _fail(f"{fault.filename or 'standard output'}: {fault.strerror or fault}")
     except ValueError as fault:
         if debug or not _is_for_the_user(fault):
             raise
         return _fail(str(fault))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _is_for_the_user(fault: ValueError) -> bool:
     """Whether the message is written for users. Any other fault is a bug, and a bug report needs its traceback."""
+    from ..errors import RecipeError
+
     if isinstance(fault, RecipeError):
         return True
-    # Not at the head of this file: these import torch, which has been imported by now if such a fault was raised.
+    # Not before: these import torch, which has been imported by now if such a fault was raised.
     from ...kernels.nf4 import QuantizationError
     from ...lora import AdapterError
     from ...models import ModelError
@@ -76,6 +86,8 @@ def _is_for_the_user(fault: ValueError) -> bool:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """The command line, on top of the verb's `--config` file if it names one."""
+    import argparse
+
     parser, verbs = build_parser()
     _check_names(arguments, parser, verbs)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -94,6 +106,8 @@ def _check_names(
     arguments: list[str], parser: argparse.ArgumentParser, verbs: dict[str, argparse.ArgumentParser]
 ) -> None:
     """Ends the program for a mistyped verb or flag, with the nearest that exists: argparse would first miss others."""
+    from .flags import nearest
+
     if not arguments or arguments[0].startswith("-"):
         return
     name = arguments[0]
@@ -110,6 +124,8 @@ def _check_names(
 
 def _given(arguments: list[str]) -> frozenset[str]:
     """The names of the flags that stand on the command line, whatever their values."""
+    import argparse
+
     parser, verbs = build_parser()
     for verb in verbs.values():
         for action in verb._actions:  # argparse has no public list of them
@@ -128,6 +144,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str) -> int:
+    from .printable import one_line
+
     print(f"qlorag: error: {one_line(message)}", file=sys.stderr)
     return 1
 

@@ -106,6 +106,41 @@ def test_chat_keeps_the_conversation(
     assert [m["content"] for m in value["messages"]] == ["say yes", "yes"]
 
 
+def test_an_interrupted_line_does_not_end_the_conversation(
+    trained: Path, tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer may end just before the ctrl-C that was meant for it."""
+    typed = iter(["say no", KeyboardInterrupt(), "say yes", EOFError()])
+
+    def typing(_: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", typing)
+    run = ("chat", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32")
+    out, _ = said(capsys, 0, *run)
+    assert "no\n\n(/exit or ctrl-D ends)\n" in out
+    assert next(typed, None) is None  # every line was asked for
+
+
+def test_an_answer_that_failed_is_not_kept(
+    trained: Path, tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlorag.models import ModelError
+    from qlorag.models.decoder import generate
+
+    def fail(*_: object) -> None:
+        raise ModelError("the logits are NaN")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("say no\n"))
+    monkeypatch.setattr(generate.Generation, "_tokens", fail)
+    value = result(capsys, "chat", "--model", tiny_dir, "--adapter-path", trained / "adapter", "--dtype", "float32")
+    assert value["messages"] == []
+
+
 def test_fuse_then_the_folder_alone(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     """From the 4-bit base: the fused folder answers as the adapter did, here and in transformers."""
     out = tmp_path / "fused"
@@ -395,6 +430,12 @@ def test_the_help_names_every_verb_and_each_takes_the_common_flags(capsys: Captu
         assert not verb.allow_abbrev
         assert {"--config", "--json", "--debug"} <= {f for a in verb._actions for f in a.option_strings}, name
         assert all(a.help for a in verb._actions if a.option_strings), name
+
+
+def test_the_entry_point_imports_nothing_before_it_can_be_interrupted() -> None:
+    code = "import sys; had = set(sys.modules); import qlorag.recipes.cli.main; print(*set(sys.modules) - had)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name.startswith("qlorag") for name in run.stdout.split()), run.stdout
 
 
 def test_a_wrong_command_is_an_error_without_torch() -> None:

@@ -21,8 +21,8 @@ HELP = """/system TEXT   begin anew with this system message
 /reset         begin anew
 /save FILE     write the conversation as a row of messages, as `train` reads it
 /exit          end; so does the end of the input (ctrl-D)
-Ctrl-C ends an answer, not the conversation. When the conversation no longer fits into the model's context, its oldest
-turns are left out, the system message is kept, and it is said."""
+Ctrl-C ends an answer, or drops the line that is typed; it does not end the conversation. When the conversation no
+longer fits into the model's context, its oldest turns are left out, the system message is kept, and it is said."""
 LEAST = 64  # tokens that an answer must have room for before old turns are left out
 
 
@@ -105,6 +105,7 @@ class Conversation:
             self._display.piece("\n")
         except ModelError as fault:
             self._display.say(str(fault), style="yellow")
+            run = None  # what it may have begun is no answer
         if run is None:
             self.messages.pop()
         else:
@@ -139,6 +140,10 @@ def _ask(display: Display) -> str | None:
         except EOFError:
             display.piece("\n")
             return None
+        except KeyboardInterrupt:  # it may have been meant for an answer that ended a moment ago
+            display.piece("\n")
+            display.say("(/exit or ctrl-D ends)", style="dim")
+            return ""
     display.piece("> ")
     line = sys.stdin.readline()
     return line.strip() if line else None

@@ -107,7 +107,7 @@ def run_index(args: argparse.Namespace, display: Display) -> int:
 def _say_what_was_left_out(read: ReadReport, display: Display) -> None:
     """Every file that failed; of those that are passed over by their names how many of each kind, with an example."""
     for path, reason in read.failures:
-        display.say(f"left out {one_line(path)}: {one_line(reason)}", style="yellow")
+        display.say(f"left out {one_line(path)}: {one_line(reason.removeprefix(f'{path}: '))}", style="yellow")
     kinds: dict[str, list[str]] = {}
     for path, reason in read.skipped:
         kinds.setdefault(f"{Path(path).suffix or 'no suffix'}: {reason}", []).append(path)

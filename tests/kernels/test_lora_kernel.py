@@ -156,12 +156,30 @@ def test_dropout_is_that_of_its_seed() -> None:
         add_lora(torch.zeros(3, 64), x, eye, eye, scaling=1.0, dropout=0.5, seed=seed) for seed in (1, 1, 2)
     )
     assert set(y.unique().tolist()) == {0.0, 2.0} and torch.equal(y, again) and not torch.equal(y, other)
+    unnamed, zero = (
+        add_lora(torch.zeros(3, 64), x, eye, eye, scaling=1.0, dropout=0.5, **s) for s in ({}, {"seed": 0})
+    )
+    assert torch.equal(unnamed, zero)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), "0.1"])
 def test_dropout_out_of_range_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match=r"dropout=.*, wanted a number from 0 to less than 1"):
         add_lora(*inputs((2,), 4, 5, 3), scaling=S, dropout=dropout)
+
+
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "2"])
+def test_a_scaling_that_is_no_number_is_refused(scaling: float) -> None:
+    with pytest.raises(ValueError, match=rf"^scaling={scaling!r}, wanted a finite number$"):
+        add_lora(*inputs((2,), 4, 5, 3), scaling=scaling)
+
+
+@pytest.mark.parametrize(("place", "name"), list(enumerate(("base", "x", "lora_A", "lora_B"))))
+def test_each_tensor_has_to_hold_real_numbers(place: int, name: str) -> None:
+    arguments = inputs((2,), 4, 5, 3)
+    arguments[place] = arguments[place].detach().long()
+    with pytest.raises(ValueError, match=f"^{name} is torch.int64: wanted"):
+        ours(*arguments)
 
 
 def test_a_dtype_that_holds_no_products_is_refused() -> None:

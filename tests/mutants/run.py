@@ -264,7 +264,8 @@ TEXT = """# Mutants
 
 Made by `make mutants` (tests/mutants/run.py says how); not part of CI. A mutant is one small fault in one function.
 It is killed if a test of its unit fails or runs out of time. It is justified if no test can tell it from the original:
-those are listed below with the reason. Percent: killed of those not justified.
+those are listed below with the reason. Percent: killed of those not justified. Most other survivors of
+kernels/lora/ops.py are in its Triton branch, which runs in a process of its own (tests/interpreter/test_lora.py).
 
 | module | mutants | killed | justified | other survivors | percent |
 |---|---:|---:|---:|---:|---:|

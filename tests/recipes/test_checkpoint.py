@@ -120,6 +120,18 @@ def test_other_settings_are_refused_and_shown(now: dict[str, Any], shown: str, t
         read_state(folder, settings=now)
 
 
+def test_a_finished_run_goes_on_with_more_steps_and_nothing_else_changed(tiny_dir: Path, tmp_path: Path) -> None:
+    trainer = trainer_on(tiny_dir)
+    trainer.step = 9
+    folder = save(trainer, tmp_path)
+    assert read_state(folder, settings={**SETTINGS, "iters": 10}) == 9
+    with pytest.raises(TrainingError) as error:
+        read_state(folder, settings=SETTINGS)
+    assert str(error.value) == f"{folder}: all 9 steps are taken: give a larger --iters to train on"
+    with pytest.raises(TrainingError, match=r"other settings: lora was \{'r': 2\} and is None: use"):
+        read_state(folder, settings={"iters": 10})
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"step": "x", "settings": {}}', '{"step": 1, "settings": 2}'])
 def test_a_state_that_is_none_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text(text)

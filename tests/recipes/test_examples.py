@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -167,6 +168,36 @@ def test_what_became_of_each_row() -> None:
     with pytest.raises(DataError) as error:
         tokenize_rows(rows, Characters(), max_tokens=5)
     assert str(error.value) == "d.jsonl:4: no tools were given"
+
+
+def test_why_no_row_is_left_says_what_to_do() -> None:
+    class Silent(Characters):
+        def chat_examples(self, messages: Any, **_: Any) -> list[LabelledChat]:
+            return [LabelledChat([97, 98, 99], [False] * 3, frozenset())]
+
+    nothing = "d.jsonl: no row can be trained on (0 of 1 rows, 0 tokens, 0 of them labelled; 1 dropped: "
+    with pytest.raises(DataError) as error:
+        tokenize_rows([chat("a", "b")], Silent(), max_tokens=9)
+    assert str(error.value) == nothing + "no turn of the assistant to learn (first d.jsonl:1)): mend the rows"
+    with pytest.raises(DataError) as error:
+        tokenize_rows([chat("a", "b")], Characters(), max_tokens=3, too_long="drop")
+    assert str(error.value) == (nothing + "longer than the token limit (first d.jsonl:1)): raise --max-seq-length")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"messages": tuple({"role": r, "content": "x"} for r in ("system", "user", "assistant"))},
+     {"tools": ({"name": "f"},)}, {"variables": {"date": "now"}}],
+)  # fmt: skip
+def test_what_stands_beside_a_pair_needs_a_template(more: dict[str, Any]) -> None:
+    row = replace(pair("a", "b", line=4), **more)
+    assert tokenize_rows([row], Characters(), max_tokens=9)
+    with pytest.raises(DataError) as error:
+        tokenize_rows([row], Base(), max_tokens=9)
+    assert str(error.value) == (
+        "d.jsonl:4: system, tools or chat_template_kwargs beside prompt and completion, and the model has no chat "
+        "template that could write them: leave them out, or write the system message into the prompt"
+    )
 
 
 def test_the_summary_names_the_first_of_each_kind() -> None:

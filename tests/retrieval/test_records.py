@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qlorag.retrieval import Chunk, CorruptStoreError, Document, DocumentError, Hit
+from qlorag.retrieval.index.exact import read_vectors
 from qlorag.retrieval.sqlite import records
 from qlorag.retrieval.sqlite.database import create_database, open_database
 
@@ -61,6 +62,20 @@ def test_a_document_of_the_same_name_is_replaced_whole(db: sqlite3.Connection) -
     assert rows(db, "SELECT document_id, count(*) FROM chunks GROUP BY 1") == [(2, 2), (3, 2)]
     assert rows(db, "SELECT chunk_id FROM vectors ORDER BY 1") == [(3,), (4,), (5,), (6,)]
     assert records.read_uris(db) == ["cats.md", "dogs.md"]
+
+
+def test_vectors_are_read_back_by_the_index(db: sqlite3.Connection) -> None:
+    """Whose reader checks each row's checksum: of its chunk's id and its bytes."""
+    write(db)
+    [(ids, vectors)] = read_vectors(db, after=0, dim=3)
+    assert ids.tolist() == [1, 2]
+    np.testing.assert_allclose(vectors, VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True), rtol=1e-6)
+
+
+def test_chunks_can_keep_the_ids_they_had(db: sqlite3.Connection) -> None:
+    records.write_document(db, CATS, "{}", CHUNKS, VECTORS, ids=[20, 10])
+    assert rows(db, "SELECT id, ordinal FROM chunks ORDER BY ordinal") == [(20, 0), (10, 1)]
+    assert [hit.text for hit in records.load_hits(db, [(20, 0.5), (10, 0.5)])] == [c.text for c in CHUNKS]
 
 
 def test_each_chunk_needs_a_vector(db: sqlite3.Connection) -> None:

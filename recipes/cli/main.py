@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
-# Everything else is imported inside `main`, so that ctrl-C during an import is one line, too.
+# Everything else is imported inside `main`, so that ctrl-C during an import is one line, too: `typing` as well, whose
+# constant this is to a type checker.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence

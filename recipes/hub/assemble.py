@@ -68,14 +68,12 @@ def assemble(
 def _recorded(quantize: dict[str, object], adapter_path: str) -> tuple[str, dict[str, object]]:
     """How the adapter's file says that its base was quantized: the kind, and the options of `load_model`.
 
-    Raises AdapterError: it says something else.
+    `adapter_info` has checked the options and their types. Raises AdapterError: a kind that is not known.
     """
-    kinds = {"kind": str, "block_size": int, "double_quant": bool}
-    if quantize.get("kind") not in QUANTIZE_KINDS or any(type(v) is not kinds.get(k) for k, v in quantize.items()):
+    if quantize["kind"] not in QUANTIZE_KINDS:
         raise AdapterError(
-            f"{adapter_path}: it records a base quantized with {quantize}, wanted kind "
-            f"({' or '.join(QUANTIZE_KINDS)}), "
-            "block_size and double_quant: say --quantize yourself"
+            f"{adapter_path}: it records a base quantized with kind={quantize['kind']!r:.60}, wanted "
+            f"{' or '.join(QUANTIZE_KINDS)}: say --quantize yourself"
         )
     return str(quantize["kind"]), {k: v for k, v in quantize.items() if k != "kind"}
 

@@ -42,12 +42,14 @@ class LabelledChat:
     ids: [T].  mask: [T], True for the tokens that the assistant wrote.
     ends: the ids that end its labelled turns; a generation has to stop at each.
     appended: whether the end is not the template's but was written after it.
+    unopened: what generation would begin a labelled turn with and the chat does not ("<think>"), or "".
     """
 
     ids: list[int]
     mask: list[bool]
     ends: frozenset[int]
     appended: bool = False
+    unopened: str = ""
 
 
 def label_chat(
@@ -98,10 +100,11 @@ def _example(
     encoded = encoder.encode(chat, text)
     spans = marked_spans(text, chat.marks, [(turn.start, turn.end) for turn in turns])
     mask = label_mask(encoded.offsets, spans)
+    unopened = next((turn.unopened for turn in turns if turn.unopened), "")
     if end is not None:
-        return LabelledChat([*encoded.ids, end], [*mask, True], frozenset({end}), appended=True)
+        return LabelledChat([*encoded.ids, end], [*mask, True], frozenset({end}), appended=True, unopened=unopened)
     ends = frozenset(turn.end_id for turn in turns if turn.end_id is not None)
-    return LabelledChat(encoded.ids, mask, ends)
+    return LabelledChat(encoded.ids, mask, ends, unopened=unopened)
 
 
 def label_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import TemplateError
@@ -45,6 +45,7 @@ class Turn:
     text:  the chat up to the turn, and the turn.  start, end: the turn's characters in it.
     end_id: the special token that closes it, or None.
     rebuilt: whether its reasoning had to be put back.
+    unopened: what the generation prompt goes on with after the header and this turn does not ("<think>"), or "".
     """
 
     text: str
@@ -52,6 +53,7 @@ class Turn:
     end: int
     end_id: int | None
     rebuilt: bool = False
+    unopened: str = ""
 
     @property
     def closed(self) -> bool:
@@ -111,7 +113,7 @@ class _Finder:
             opened = unmarked(prompt[start:], self.chat.marks).strip()
             if opened == "<think>" and (rebuilt := self._with_reasoning(message, prompt, done, start)):
                 return rebuilt
-            return self._closed(done, start)
+            return replace(self._closed(done, start), unopened=opened)
         header = prompt[begins:]
         found = done.rfind(header) + len(header) if header in done else -1
         if not header:

@@ -87,6 +87,7 @@ class TokenizeReport:
     joined_plain: prompt and completion were joined without a chat template.
     ends:       ids of the labelled tokens that end a turn: generation has to stop at each.
     appended:   the template closes no turn, so an end token was written after each.
+    unopened:   what generation begins an answer with and some row's answer does not ("<think>"), or "".
     """
 
     rows: int = 0
@@ -102,11 +103,18 @@ class TokenizeReport:
     joined_plain: bool = False
     ends: frozenset[int] = frozenset()
     appended: bool = False
+    unopened: str = ""
 
     @property
     def dropped(self) -> int:
         """How many rows are not trained on."""
         return self.rows - self.kept
+
+    @property
+    def remarkable(self) -> bool:
+        """Whether there is anything to say but how many rows and tokens there are."""
+        odd = self.truncated, self.split, self.joined_plain, self.appended, self.unopened
+        return bool(self.dropped) or any(odd)
 
     def summary(self) -> str:
         """One line for the user, naming the first row of each kind."""
@@ -124,6 +132,11 @@ class TokenizeReport:
             parts.append(f"{self.split} of several turns, which the template renders one example a turn")
         if self.appended:
             parts.append("the template closes no turn: the end token is written after each and labelled")
+        if self.unopened:
+            parts.append(
+                f"generation begins an answer with {self.unopened!r}, which answers without reasoning lack: the tuned "
+                "model is not asked as it was trained"
+            )
         if self.joined_plain:
             parts.append("no chat template: prompt and completion are joined as plain text")
         return "; ".join(parts)
@@ -171,6 +184,7 @@ def tokenize_rows(
                 report.labels += example.labels
                 report.ends |= labelled.ends
                 report.appended |= labelled.appended
+                report.unopened = report.unopened or labelled.unopened
     if not examples:
         where = rows[0].file if rows else "data"
         advice = "raise --max-seq-length" if report.unlabelled or report.too_long else "mend the rows"

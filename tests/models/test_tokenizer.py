@@ -615,7 +615,10 @@ def test_reasoning_that_the_template_always_drops_is_put_back(folder: Path, tmp_
     assert examples(tok, chat) == [["because\n</think>\n\nyes<|endoftext|>"]]
     [example] = tok.chat_examples(chat)
     assert example.ids[: example.mask.index(True)] == tok.chat(chat[:1])
-    assert examples(tok, [chat[0], {"role": "assistant", "content": "yes"}]) == [["yes<|endoftext|>"]]
+    assert not example.unopened
+    bare = [chat[0], {"role": "assistant", "content": "yes"}]
+    assert examples(tok, bare) == [["yes<|endoftext|>"]]
+    assert tok.chat_examples(bare)[0].unopened == "<think>"  # which generation writes, and the chat does not hold
 
 
 VICUNA = (

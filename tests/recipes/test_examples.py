@@ -203,15 +203,18 @@ def test_what_stands_beside_a_pair_needs_a_template(more: dict[str, Any]) -> Non
 def test_the_summary_names_the_first_of_each_kind() -> None:
     report = TokenizeReport(
         rows=9, kept=3, tokens=40, labels=12, truncated=["a:1", "a:2"], too_long=["a:3"], unlabelled=["a:4", "a:5"],
-        invalid=["a:6"], split=2, joined_plain=True, appended=True,
+        invalid=["a:6"], split=2, joined_plain=True, appended=True, unopened="<think>",
     )  # fmt: skip
     assert report.summary() == (
         "3 of 9 rows, 40 tokens, 12 of them labelled; 2 cut at the token limit (first a:1); 1 dropped: longer than the "
         "token limit (first a:3); 2 dropped: nothing to learn within the token limit (first a:4); 1 left out as "
         "invalid (first a:6); 2 of several turns, which the template renders one example a turn; the template closes "
-        "no turn: the end token is written after each and labelled; no chat template: prompt and completion are joined "
-        "as plain text"
+        "no turn: the end token is written after each and labelled; generation begins an answer with '<think>', which "
+        "answers without reasoning lack: the tuned model is not asked as it was trained; no chat template: prompt and "
+        "completion are joined as plain text"
     )
+    assert report.remarkable and TokenizeReport(rows=1, kept=1, unopened="<think>").remarkable
+    assert not TokenizeReport(rows=1, kept=1, tokens=4, labels=2).remarkable
     assert TokenizeReport(rows=1, kept=1, tokens=4, labels=2).summary() == "1 of 1 rows, 4 tokens, 2 of them labelled"
 
 

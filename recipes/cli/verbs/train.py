@@ -216,7 +216,7 @@ def read_examples(
     if skipped:
         display.say(f"{path}: kept {len(rows)} rows, skipped {len(skipped)} that could not be read", style="yellow")
     examples, report = tokenize_rows(rows, tok, max_tokens=args.max_seq_length, skip_invalid=args.skip_invalid)
-    if report.dropped or report.truncated or report.joined_plain or report.split or report.appended:
+    if report.remarkable:
         display.say(f"{path}: {report.summary()}", style="yellow")
     return rows, examples, report.ends
 

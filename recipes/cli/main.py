@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
-# Everything else is imported inside `main`, so that ctrl-C during an import is one line, too.
+# Everything else is imported inside `main`, `typing` too, so that ctrl-C during an import is one line.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence

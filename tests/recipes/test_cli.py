@@ -297,6 +297,16 @@ def test_table_shows_what_it_is_given(capsys: Capture) -> None:
     assert capsys.readouterr().out == "[/x] :bee:\n"
 
 
+def test_a_table_is_as_wide_as_its_names_where_no_terminal_is(
+    tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out, _ = said(capsys, 0, "inspect", tiny_dir, "--tensors")
+    assert "│ model.layers.0.post_attention_layernorm.weight │" in out
+    _, err = said(capsys, 0, "inspect", tiny_dir, "--tensors", "--json")
+    assert "│ model.layers.0.post_attention_layernorm.weight │" in err
+
+
 def test_inspect_an_interrupted_run(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     run = tmp_path / "run[/x]"
     shutil.copytree(trained / "adapter", run)
@@ -366,24 +376,6 @@ def test_an_encoder_is_not_put_in_4_bits_for_an_inspection(minilm_dir: Path, cap
     assert "is a model of type bert, and only a decoder is put in 4 bits" in err
 
 
-@pytest.mark.parametrize(
-    "quantize", [{"block_size": 64}, {"kind": "nf4", "surprise": 1}, {"kind": "nf4", "block_size": "64"}, {"kind": 4}]
-)
-def test_what_an_adapter_records_of_its_base_is_checked(
-    quantize: dict[str, Any], trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path
-) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    adapter = copy_of(trained / "adapter", tmp_path)
-    path = adapter / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file(load_file(path), path, metadata={**metadata, "qlorag.base_quantize": json.dumps(quantize)})
-    _, err = said(capsys, 1, "generate", "--model", tiny_dir, "--adapter-path", adapter, "--prompt", "x")
-    assert "records a base quantized with" in err and "say --quantize yourself" in err
-
-
 def test_minus_one_layers_are_all(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     run = ["train", "--model", tiny_dir, "--data", trained / "data", "--iters", 1, "--dtype", "float32"]
     out, _ = said(capsys, 0, *run, "--num-layers", "-1", "--adapter-path", tmp_path / "a")
@@ -436,6 +428,20 @@ def test_the_entry_point_imports_nothing_before_it_can_be_interrupted() -> None:
     code = "import sys; had = set(sys.modules); import qlorag.recipes.cli.main; print(*set(sys.modules) - had)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name.startswith("qlorag") for name in run.stdout.split()), run.stdout
+
+
+def test_a_run_whose_reader_goes_is_finished(tiny_dir: Path, trained: Path, tmp_path: Path) -> None:
+    """`qlorag train ... | head -1` trains to the end and saves: only the output is dropped."""
+    run = ["train", "--model", tiny_dir, "--data", trained / "data", "--iters", 3, "--adapter-path", tmp_path / "a",
+           "--steps-per-report", 1, "--dtype", "float32"]  # fmt: skip
+    command = [sys.executable, "-m", "qlorag.recipes.cli", *map(str, run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+    assert (tmp_path / "a" / "adapter_model.safetensors").exists()
 
 
 def test_a_wrong_command_is_an_error_without_torch() -> None:

@@ -41,7 +41,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        if fault.filename is None:
+        if fault.errno is not None and fault.filename is None:
             fault.filename = str(path)
         raise
 

@@ -351,6 +351,9 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["inspect", "--backends", "--quantize", "nf4"], "are about a folder: give one"),
         (["train", "--model", "TINY", "--data", "DATA", "--iters", "0"], "iters=0, wanted at least 1"),
         (["evaluate", "--model", "TINY", "--data", "nowhere"], "nowhere"),
+        (["search", "--store", "EMPTY", "What?", "--k", "0"], "--k 0: wanted at least 1"),
+        (["index", "DATA", "--store", "FILE"], "a file, wanted a folder for the store"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--adapter-path", "STOPPED"], "checkpoints/step-0000002"),
         (["inspect", "EMPTY"], "EMPTY"),
         (["inspect"], "give a folder"),
         (["fuse", "--model", "TINY", "--adapter-path", "EMPTY", "--save-path", "OUT"], "adapter_model.safetensors"),
@@ -362,7 +365,9 @@ def test_errors_are_one_line_and_leave_nothing(
 ) -> None:  # fmt: skip
     (tmp_path / "EMPTY").mkdir()
     monkeypatch.chdir(tmp_path)
-    names = {"TINY": str(tiny_dir), "DATA": str(trained / "data")}
+    names = {"TINY": str(tiny_dir), "DATA": str(trained / "data"), "FILE": str(trained / "data" / "train.jsonl"),
+             "STOPPED": str(trained / "stopped")}  # fmt: skip
+    (trained / "stopped" / "checkpoints" / "step-0000002").mkdir(parents=True, exist_ok=True)
     status = 0 if argv[-1] == "" else 1  # an empty prompt is an empty user turn, which a chat template can hold
     _, err = said(capsys, status, *(names.get(a, a) for a in argv))
     if status:

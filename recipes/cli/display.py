@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,14 @@ from .printable import printable
 WIDE = 100_000  # columns of a table that is written to a file: nothing is folded there
 
 
+class _Console(Console):
+    """A console whose reader may go, as in `qlorag train ... | head`: the rest is dropped, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Display:
     """Where a command writes.
 
@@ -36,8 +45,11 @@ class Display:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         # Text is shown as it is: neither [brackets] nor :names: in a path or an answer mean anything.
-        self.progress_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-        plain = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.progress_console = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        plain = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        for console in (self.progress_console, plain):
+            if not console.is_terminal:
+                console.width = WIDE
         self.console = self.progress_console if as_json else plain
         self.draws = self.progress_console.is_terminal and self.console.is_terminal
         self._bar: Progress | None = None
@@ -71,7 +83,7 @@ class Display:
             table.add_column(Text(printable(column)), overflow="fold")
         for row in rows:
             table.add_row(*(Text(printable(str(cell))) for cell in row))
-        self.console.print(table, soft_wrap=False, width=None if self.console.is_terminal else WIDE)
+        self.console.print(table, soft_wrap=False)
 
     def result(self, value: dict[str, Any]) -> None:
         """The command's result; printed only with --json."""

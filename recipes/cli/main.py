@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Everything else is imported inside `main`, so that ctrl-C during an import is one line, too: `typing` as well, whose
-# constant this is to a type checker.
+# Everything else is imported inside `main`, `typing` too, so that ctrl-C during an import is one line.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse

@@ -7,7 +7,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator
-from statistics import mean, median
+from statistics import mean
 
 from rich.progress import Progress, TaskID, TextColumn
 
@@ -16,7 +16,7 @@ from ..training.trainer import StepReport, perplexity
 from .display import Display, count, size
 
 LEAST_STEPS, LAST_STEPS = 5, 10  # a collapse is told from at least and at most so many steps
-NO_GRADIENT = 1e-3  # a norm that moves nothing
+NO_GRADIENT, DEAD_STEPS = 1e-3, 2  # a norm that moves nothing, and how many of the last steps may not have it
 LEARNED = 0.1  # nats: below this a vanishing gradient is what success looks like
 
 
@@ -99,10 +99,10 @@ class TrainingProgress(RunObserver):
         """How the last steps show that nothing was learned; "" if they do not."""
         if self._first_loss is None or len(self._last) < LEAST_STEPS:
             return ""
-        loss, norm = mean(r.loss for r in self._last), median(r.grad_norm for r in self._last)
+        loss, dead = mean(r.loss for r in self._last), sum(r.grad_norm < NO_GRADIENT for r in self._last)
         if loss > self._first_loss + 1:
             guess = f"; a guess among all {self._vocab_size} tokens has {math.log(self._vocab_size):.1f}"
             return f"the loss rose from {self._first_loss:.1f} to {loss:.1f}{guess}"
-        if norm < NO_GRADIENT and loss > max(LEARNED, self._first_loss / 2):
-            return f"the gradient is {norm:.0e} while the loss is still {loss:.1f}, so no step changes anything"
+        if dead >= DEAD_STEPS and loss > max(LEARNED, self._first_loss / 2):
+            return f"the gradient is 0 in {dead} of the last {len(self._last)} steps, and the loss is still {loss:.1f}"
         return ""

@@ -11,6 +11,7 @@ what was found there and what is wanted. `rows` adds file and line.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -43,6 +44,17 @@ MESSAGE_KEYS = (
     "role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning",
     "thinking", "weight", "train",
 )  # fmt: skip
+CALL_KEYS = ("id", "type", "index", "function", "name", "arguments")
+FUNCTION_KEYS = ("name", "arguments")
+# Template variables that say something else than the row does, and what says it.
+RESERVED = {
+    "messages": "the row's messages are its chat",
+    "tools": "write them as the key tools, beside the messages",
+    "self": "no template reads it",
+    "parse_special": "special tokens written in a message stay text",
+    "add_generation_prompt": "a training row is a finished chat",
+    "continue_final_message": "a training row is a finished chat",
+}
 # Of an unknown key, what it means where it is known: what a user should do about it.
 MEANINGS = {
     "label": "it says whether an answer is good (KTO) or which class a text has, and this objective learns neither",
@@ -83,6 +95,14 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_constant(name: str) -> NoReturn:
     """json.loads' parse_constant: NaN and the infinities."""
     raise Fault(f"{name} is not JSON: write a number, null or a string")
+
+
+def finite_number(text: str) -> float:
+    """json.loads' parse_float: 1e999 would be read as infinity, and written as something that is not JSON."""
+    number = float(text)
+    if math.isinf(number):
+        raise Fault(f"{text:.40} is larger than any float64: write a smaller number, or a string")
+    return number
 
 
 def fields_of(row: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[str, Any]:
@@ -126,6 +146,8 @@ def fields_of(row: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[s
     variables = row.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise Fault(f"chat_template_kwargs is {kind_of(variables)}, wanted an object of template variables")
+    for name in RESERVED.keys() & variables:
+        raise Fault(f"chat_template_kwargs.{name} is no template variable of a row: {RESERVED[name]}: leave it out")
     return {
         "kind": kind,
         "messages": _with_system(row.get("system"), chat),
@@ -199,7 +221,7 @@ def _message(value: Any, where: str, ignore: Collection[str]) -> dict[str, Any]:
     if value.get("train") is not None:
         message["weight"] = _train(value["train"], value.get("weight"), where)
     if others.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(others["tool_calls"], f"{where}.tool_calls")
+        message["tool_calls"] = _tool_calls(others["tool_calls"], f"{where}.tool_calls", ignore)
         if message["content"] is None:  # OpenAI writes null beside a call; templates want a string
             message["content"] = ""
     if isinstance(message["content"], list):
@@ -242,14 +264,18 @@ def _part(part: Any, where: str) -> str:
     return _string(part.get("text"), f"{where}.text")
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+def _tool_calls(value: Any, where: str, ignore: Collection[str]) -> list[dict[str, Any]]:
     """The calls as they are: arguments written as a string of JSON stay one (`chat_printed` says why)."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise Fault(f"{where} is {kind_of(value)}, wanted a list of objects")
-    for i, call in enumerate(value):
+    calls = _without(value, ignore)
+    for i, call in enumerate(calls):
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Fault(f'{where}[{i}] names no function, wanted {{"function": {{"name": ..., "arguments": ...}}}}')
+        _refuse_unknown(call, CALL_KEYS, f"{where}[{i}].", "a tool call")
+        if function is not call:
+            _refuse_unknown(function, FUNCTION_KEYS, f"{where}[{i}].function.", "a tool call's function")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = _json(
@@ -257,12 +283,28 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
             )
         if arguments is not None and not isinstance(arguments, dict):
             raise Fault(f"{where}[{i}].function.arguments is {kind_of(arguments)}, wanted an object or its JSON")
-    return value
+    return calls
+
+
+def _without(calls: list[dict[str, Any]], keys: Collection[str]) -> list[dict[str, Any]]:
+    """The calls of a message without `keys`, in each and in its function; arguments are left as they are."""
+    return [
+        {
+            key: {k: v for k, v in item.items() if k not in keys}
+            if key == "function" and isinstance(item, dict)
+            else item
+            for key, item in call.items()
+            if key not in keys
+        }
+        for call in calls
+    ]
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        return json.loads(
+            text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_number
+        )
     except (ValueError, RecursionError) as error:
         raise Fault(f"{where} is not JSON ({error}): give a JSON value") from error
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError
-from .row_shapes import SHAPES, Fault, Kind, fields_of, kind_of, refuse_constant, unique_keys
+from .row_shapes import SHAPES, Fault, Kind, fields_of, finite_number, kind_of, refuse_constant, unique_keys
 
 MAX_LINE_BYTES = 32 << 20
 
@@ -152,7 +152,12 @@ def _parse(line: bytes | None, *, complete: bool, file: str, number: int, ignore
 
 def _decode(line: bytes, *, complete: bool) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        row = json.loads(
+            line.decode("utf-8"),
+            object_pairs_hook=unique_keys,
+            parse_constant=refuse_constant,
+            parse_float=finite_number,
+        )
     except UnicodeDecodeError as error:
         raise Fault(f"byte {error.start} of the line is not UTF-8: save the file as UTF-8") from error
     except RecursionError as error:

@@ -297,6 +297,16 @@ def test_table_shows_what_it_is_given(capsys: Capture) -> None:
     assert capsys.readouterr().out == "[/x] :bee:\n"
 
 
+def test_a_table_is_as_wide_as_its_names_where_no_terminal_is(
+    tiny_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    out, _ = said(capsys, 0, "inspect", tiny_dir, "--tensors")
+    assert "│ model.layers.0.post_attention_layernorm.weight │" in out
+    _, err = said(capsys, 0, "inspect", tiny_dir, "--tensors", "--json")
+    assert "│ model.layers.0.post_attention_layernorm.weight │" in err
+
+
 def test_inspect_an_interrupted_run(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     run = tmp_path / "run[/x]"
     shutil.copytree(trained / "adapter", run)
@@ -341,6 +351,9 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
         (["inspect", "--backends", "--quantize", "nf4"], "are about a folder: give one"),
         (["train", "--model", "TINY", "--data", "DATA", "--iters", "0"], "iters=0, wanted at least 1"),
         (["evaluate", "--model", "TINY", "--data", "nowhere"], "nowhere"),
+        (["search", "--store", "EMPTY", "What?", "--k", "0"], "--k 0: wanted at least 1"),
+        (["index", "DATA", "--store", "FILE"], "a file, wanted a folder for the store"),
+        (["generate", "--model", "TINY", "--prompt", "x", "--adapter-path", "STOPPED"], "checkpoints/step-0000002"),
         (["inspect", "EMPTY"], "EMPTY"),
         (["inspect"], "give a folder"),
         (["fuse", "--model", "TINY", "--adapter-path", "EMPTY", "--save-path", "OUT"], "adapter_model.safetensors"),
@@ -352,7 +365,9 @@ def test_errors_are_one_line_and_leave_nothing(
 ) -> None:  # fmt: skip
     (tmp_path / "EMPTY").mkdir()
     monkeypatch.chdir(tmp_path)
-    names = {"TINY": str(tiny_dir), "DATA": str(trained / "data")}
+    names = {"TINY": str(tiny_dir), "DATA": str(trained / "data"), "FILE": str(trained / "data" / "train.jsonl"),
+             "STOPPED": str(trained / "stopped")}  # fmt: skip
+    (trained / "stopped" / "checkpoints" / "step-0000002").mkdir(parents=True, exist_ok=True)
     status = 0 if argv[-1] == "" else 1  # an empty prompt is an empty user turn, which a chat template can hold
     _, err = said(capsys, status, *(names.get(a, a) for a in argv))
     if status:
@@ -443,6 +458,20 @@ def test_the_entry_point_imports_nothing_before_it_can_be_interrupted() -> None:
     code = "import sys; had = set(sys.modules); import qlorag.recipes.cli.main; print(*set(sys.modules) - had)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name.startswith("qlorag") for name in run.stdout.split()), run.stdout
+
+
+def test_a_run_whose_reader_goes_is_finished(tiny_dir: Path, trained: Path, tmp_path: Path) -> None:
+    """`qlorag train ... | head -1` trains to the end and saves: only the output is dropped."""
+    run = ["train", "--model", tiny_dir, "--data", trained / "data", "--iters", 3, "--adapter-path", tmp_path / "a",
+           "--steps-per-report", 1, "--dtype", "float32"]  # fmt: skip
+    command = [sys.executable, "-m", "qlorag.recipes.cli", *map(str, run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+    assert (tmp_path / "a" / "adapter_model.safetensors").exists()
 
 
 def test_a_wrong_command_is_an_error_without_torch() -> None:

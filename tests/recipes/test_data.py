@@ -232,6 +232,10 @@ PAIR = {"prompt": "q", "completion": "a"}
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
+def calling(call: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
 @pytest.mark.parametrize(
     ("row", "named"),
     [
@@ -259,6 +263,22 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         ),
         ({**PAIR, "chat_template_kwargs": [1]}, "chat_template_kwargs is a list, wanted an object"),
         ({"messages": TURNS, "tools": "[{"}, "tools is not JSON"),
+        (
+            {"messages": TURNS, "chat_template_kwargs": {"parse_special": True}},
+            "chat_template_kwargs.parse_special is no .* stay text: leave it out",
+        ),
+        ({"messages": TURNS, "chat_template_kwargs": {"tools": []}}, "kwargs.tools .*: write them as the key tools"),
+        ({"messages": TURNS, "chat_template_kwargs": {"self": 1}}, "kwargs.self is no template variable"),
+        (
+            calling({"function": {"name": "f", "arguments": {}}, "result": 5}),
+            r'"messages\[0\]\.tool_calls\[0\]\.result" is not known in a tool call',
+        ),
+        (calling({"name": "f", "parameters": {"x": 1}}), r"tool_calls\[0\]\.parameters.* known are id, .*arguments"),
+        (
+            calling({"function": {"name": "f", "arguments": {}, "note": "n"}}),
+            r"tool_calls\[0\]\.function\.note.* known are name, arguments",
+        ),
+        (calling({"name": "f", "arguments": '{"x": 1e999}'}), "1e999 is larger than any float64"),
     ],
 )
 def test_a_key_that_could_change_the_meaning_is_refused_by_name(tmp_path: Path, row: Any, named: str) -> None:
@@ -310,6 +330,9 @@ def test_keys_that_the_caller_ignores(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", {**PAIR, "label": False}, {"messages": [TURNS[0], {**TURNS[1], "label": 1}]})
     rows, _ = read_rows(path, ignore_keys={"label"})
     assert rows[0].messages == rows[1].messages == tuple(TURNS)
+    call = {"function": {"name": "f", "arguments": {"label": 1}, "label": 2}, "label": 3}
+    [row], _ = read_rows(write(tmp_path / "y.jsonl", calling(call)), ignore_keys={"label"})
+    assert row.messages[0]["tool_calls"] == [{"function": {"name": "f", "arguments": {"label": 1}}}]
 
 
 @pytest.mark.parametrize("shape", ["messages", "conversations", "prompt", "pair"])

@@ -38,7 +38,7 @@ def test_a_loss_that_rose_is_named_with_that_of_a_guess(capsys: pytest.CaptureFi
 
 def test_a_gradient_of_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     said = advice([10.8, 9.0, *[10.3] * 10], [1.0, 1.0, *[0.0] * 9, 0.2], capsys)
-    assert "this run collapsed: the gradient is 0e+00 while the loss is still 10.3" in said
+    assert "this run collapsed: the gradient is 0 in 9 of the last 10 steps, and the loss is still 10.3" in said
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_a_gradient_of_nothing_is_named(capsys: pytest.CaptureFixture[str]) -> N
         ([2.0, *[2.8, 1.4] * 5], [1.0] * 11),  # noise
         ([0.001] * 10, [1e-4] * 10),  # rows that were learned before
         ([3.0, *[0.02] * 10], [1e-4] * 11),  # learned by heart
+        ([2.0] * 10, [1.0] * 9 + [1e-4]),  # one odd row
         ([2.0, 9.0, 9.0], [1.0] * 3),  # too few steps to tell
     ],
 )

@@ -82,6 +82,8 @@ def run_index(args: argparse.Namespace, display: Display) -> int:
     """`qlorag index`."""
     from ....retrieval import read_documents
 
+    if Path(args.store).exists() and not Path(args.store).is_dir():
+        raise UsageError(f"{args.store}: a file, wanted a folder for the store: name another")
     there = (Path(args.store) / "store.sqlite3").exists()
     if there and not args.append:
         raise UsageError(f"{args.store}: already holds a store: add to it with --append, or name another folder")
@@ -158,6 +160,8 @@ def run_ask(args: argparse.Namespace, display: Display) -> int:
 
 
 def _find(args: argparse.Namespace) -> list[Hit]:
+    if args.k < 1:
+        raise UsageError(f"--k {args.k}: wanted at least 1")
     with open_store(args.store, open_encoder(args), read_only=True) as store:
         return store.search(args.question, k=args.k, score_threshold=args.score_threshold)
 

@@ -13,7 +13,6 @@ from ...models import Decoder, Tokenizer, load_model, load_tokenizer
 from ...models.files.load import QUANTIZE_KINDS
 from ...quant import QuantizedLinear
 from ..errors import UsageError
-from ..training.checkpoint import checkpoints
 from .end_tokens import read_end_ids
 from .pull import resolve_model
 
@@ -44,8 +43,12 @@ def assemble(
     dtype:    "auto", or a key of DTYPES.
     Raises ModelError, AdapterError, RecipeError.
     """
-    if adapter_path and not (Path(adapter_path) / TENSORS_NAME).exists() and (saved := checkpoints(Path(adapter_path))):
-        raise UsageError(f"{adapter_path}: a run that is not finished: name its newest checkpoint, {saved[-1]}")
+    if adapter_path and not (Path(adapter_path) / TENSORS_NAME).exists():
+        saved = sorted(Path(adapter_path).glob(f"checkpoints/step-*/{TENSORS_NAME}"))
+        if saved:
+            raise UsageError(
+                f"{adapter_path}: a run that is not finished: name its newest checkpoint, {saved[-1].parent}"
+            )
     info = adapter_info(adapter_path) if adapter_path else None
     name = name or (info.base_name if info is not None else None)
     if name is None:

@@ -94,6 +94,22 @@ def test_other_weights_are_left_alone() -> None:
     assert [key for key in both if owner(key) is None] == ["a.weight", "aa.weight"]
 
 
+@pytest.mark.parametrize(("ulps", "read"), [(2, True), (-2, True), (8, False)])
+def test_the_table_of_the_scales_may_be_a_processors(ulps: int, read: bool) -> None:
+    """bitsandbytes' last bits of it depend on the processor (findings/bitsandbytes_map_depends_on_processor.sh)."""
+    q = quantize(randn(300, 64), double_quant=True)
+    written = to_bnb(q, NAME)
+    table = torch.tensor(DYNAMIC)
+    written[f"{NAME}.nested_quant_map"] = torch.where(
+        table == 0, table, (table.view(torch.int32) + ulps).view(torch.float32)
+    )
+    if read:
+        assert all(torch.equal(a, b) for a, b in zip(parts(from_bnb(written, NAME)), parts(q), strict=True))
+    else:
+        with pytest.raises(QuantizationError, match="weights of another table"):
+            from_bnb(written, NAME)
+
+
 def test_what_cannot_be_written_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"got shape \[4, 4, 4\], wanted \[N, K\]"):
         to_bnb(quantize(randn(4, 4, 4)), NAME)

@@ -44,11 +44,9 @@ def assemble(
     Raises ModelError, AdapterError, RecipeError.
     """
     if adapter_path and not (Path(adapter_path) / TENSORS_NAME).exists():
-        saved = sorted(Path(adapter_path).glob(f"checkpoints/step-*/{TENSORS_NAME}"))
+        saved = sorted(Path(adapter_path).glob("checkpoints/step-[0-9]*"))
         if saved:
-            raise UsageError(
-                f"{adapter_path}: a run that is not finished: name its newest checkpoint, {saved[-1].parent}"
-            )
+            raise UsageError(f"{adapter_path}: a run that is not finished: name its newest checkpoint, {saved[-1]}")
     info = adapter_info(adapter_path) if adapter_path else None
     name = name or (info.base_name if info is not None else None)
     if name is None:

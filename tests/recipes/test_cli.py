@@ -406,16 +406,6 @@ def test_what_an_adapter_records_of_its_base_is_checked(
     assert wanted in err and err.count("\n") == 1
 
 
-def test_a_stopped_run_names_its_newest_checkpoint(
-    trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    for step in ("step-0000003", "step-0000012"):
-        copy_of(trained / "adapter", run / "checkpoints").rename(run / "checkpoints" / step)
-    _, err = said(capsys, 1, "generate", "--model", tiny_dir, "--adapter-path", run, "--prompt", "x")
-    assert f"a run that is not finished: name its newest checkpoint, {run / 'checkpoints' / 'step-0000012'}" in err
-
-
 def test_minus_one_layers_are_all(trained: Path, tiny_dir: Path, capsys: Capture, tmp_path: Path) -> None:
     run = ["train", "--model", tiny_dir, "--data", trained / "data", "--iters", 1, "--dtype", "float32"]
     out, _ = said(capsys, 0, *run, "--num-layers", "-1", "--adapter-path", tmp_path / "a")
